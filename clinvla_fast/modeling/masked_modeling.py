@@ -1,0 +1,96 @@
+"""Masked modelling of both modalities: how small towers are made, and a probe of what adapters leave intact.
+
+Images: masked autoencoding (He et al. 2022): encode the kept patches, decode all, compare the masked ones with their
+pixels normalised a patch. Words: BERT's masked words. Where a tower has an invertible adapter, the heads read the
+inverse of its output (ClinVLA, section 3.1.1): they live in the space that the tower was trained in.
+"""
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..kernels.masked_patches import to_patches
+from .packing import Packing
+from .text import TextTower
+from .vision import VisionTower
+
+
+class ImageDecoder(nn.Module):
+    """Predicts every patch's normalised pixels from the kept patches' tokens."""
+
+    def __init__(self, width: int, patches: int, pixels: int, depth: int = 1, heads: int = 3):
+        super().__init__()
+        inner = width // 2
+        self.embed = nn.Linear(width, inner)
+        self.mask_token = nn.Parameter(torch.zeros(inner))
+        self.position = nn.Parameter(torch.zeros(patches, inner))
+        self.blocks = nn.Sequential(*(Block(inner, heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(inner)
+        self.predict = nn.Linear(inner, pixels)
+        trunc_normal_(self.mask_token, std=0.02)
+        trunc_normal_(self.position, std=0.02)
+
+    def forward(self, tokens: Tensor, kept: Tensor) -> Tensor:
+        """[n, 1 + k, width] and the kept patches [n, k] to [n, N, pixels]."""
+        x = self.embed(tokens[:, 1:])
+        grid = self.mask_token.expand(len(x), len(self.position), -1)
+        grid = grid.scatter(1, kept[..., None].expand(-1, -1, x.shape[-1]), x)
+        return self.predict(self.norm(self.blocks(grid + self.position)))
+
+
+class WordHead(nn.Module):
+    """Logits over the vocabulary; the projection is the tower's own word embedding."""
+
+    def __init__(self, width: int, vocabulary: int):
+        super().__init__()
+        self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        return self.transform(x) @ words.mT + self.bias
+
+
+class MaskedModeling(nn.Module):
+    """Both towers with their heads."""
+
+    def __init__(self, vision: VisionTower, text: TextTower, mask_token: int):
+        super().__init__()
+        self.vision, self.text, self.mask_token = vision, text, mask_token
+        self.decoder = ImageDecoder(vision.width, vision.patches, vision.patch_size**2)
+        self.words = WordHead(text.width, text.word_embeddings.num_embeddings)
+
+    def image_loss(self, images: Tensor, present: Tensor, kept: Tensor) -> Tensor:
+        """Mean squared error of the masked patches of present views, their pixels normalised a patch.
+
+        Args: as VisionTower; `kept` leaves at least one patch out.
+        """
+        tokens = self.vision(images, present, kept)
+        if self.vision.invertible is not None:
+            tokens = self.vision.invertible.inverse(tokens)
+        target = to_patches(images[present], self.vision.patch_size).flatten(-2).flatten(1, 2).float()
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1).sqrt()
+        error = (self.decoder(tokens, kept) - target).square().mean(-1)
+        masked = torch.ones_like(error).scatter(1, kept, 0.0)
+        return (error * masked).sum() / masked.sum()
+
+    def word_loss(self, tokens: Tensor, packing: Packing, masked: Tensor) -> Tensor:
+        """Cross-entropy of the words at `masked`, int64 [m], indices into the packed tokens [total]."""
+        hidden = self.text(tokens.index_fill(0, masked, self.mask_token), packing)[masked]
+        if self.text.invertible is not None:
+            hidden = self.text.invertible.inverse(hidden)
+        return cross_entropy(self.words(hidden, self.text.word_embeddings.weight), tokens[masked])
+
+
+def draw_masked_words(packing: Packing, share: float, seed: int) -> Tensor:
+    """Indices of about `share` of the packed tokens, never a report's first or last; at least one."""
+    total = len(packing.slot)
+    generator = torch.Generator().manual_seed(seed)
+    inner = torch.ones(total, dtype=torch.bool)
+    first = packing.first.cpu()
+    inner[first] = False
+    inner[first - 1] = False
+    candidates = inner.nonzero().squeeze(1)
+    order = torch.randperm(len(candidates), generator=generator)
+    return candidates[order[: max(1, round(share * len(candidates)))]].sort().values.to(packing.slot.device)

@@ -1,0 +1,78 @@
+"""The report tower: a Hugging Face BERT with adapters in it, fed with packed reports."""
+
+from torch import Tensor, nn
+from transformers import BertModel
+
+from ..recipe import Recipe
+from .adapters import InvertibleAdapter, TransformerAdapt
+from .packing import Packing, packed_attention
+
+
+def text_block(layer: nn.Module, adapt: TransformerAdapt, x: Tensor, packing: Packing) -> Tensor:
+    """A post-norm BERT layer, its feed-forward end adapted: packed tokens [total, H] to the same."""
+    attention, output = layer.attention.self, layer.attention.output
+    projections = (attention.query, attention.key, attention.value)
+    q, k, v = (p(x).unflatten(-1, (attention.num_attention_heads, -1)) for p in projections)
+    x = output.LayerNorm(output.dense(packed_attention(q, k, v, packing).flatten(1)) + x)
+    return adapt(layer.output.dense(layer.intermediate(x)), x, layer.output.LayerNorm)
+
+
+class TextTower(nn.Module):
+    """A BERT that reads packed reports, each attending to itself alone.
+
+    Args:
+        bert: with absolute positions, as BERT and BioBERT have them.
+    """
+
+    def __init__(self, bert: BertModel):
+        super().__init__()
+        self.bert = bert
+        self.adapts = nn.ModuleList(TransformerAdapt(bert.config.hidden_size) for _ in bert.encoder.layer)
+        self.run_block = text_block  # or its compiled twin
+        self.invertible: InvertibleAdapter | None = None
+
+    def add_adapters(self, recipe: Recipe) -> None:
+        if "invertible" in recipe.adapters:
+            self.invertible = InvertibleAdapter(self.width)
+        for adapt in self.adapts:
+            adapt.add(recipe)
+
+    @property
+    def width(self) -> int:
+        return self.bert.config.hidden_size
+
+    @property
+    def max_tokens(self) -> int:
+        return self.bert.config.max_position_embeddings
+
+    @property
+    def word_embeddings(self) -> nn.Embedding:
+        return self.bert.embeddings.word_embeddings
+
+    def embed(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """BERT's input embeddings of packed tokens [total], each report's positions from 0: [total, width]."""
+        e = self.bert.embeddings
+        words = e.word_embeddings(tokens) + e.token_type_embeddings.weight[0]
+        return e.LayerNorm(words + e.position_embeddings(packing.column))
+
+    def forward(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Hidden states of packed tokens.
+
+        Args:
+            tokens: int64 [total].
+            packing: of the reports' lengths.
+
+        Returns:
+            [total, width].
+
+        Raises:
+            ValueError: if a report is longer than the positions that this BERT has.
+        """
+        if packing.mask.shape[1] > self.max_tokens:
+            raise ValueError(f"a report has {packing.mask.shape[1]} tokens: this BERT reads {self.max_tokens} at most.")
+        x = self.embed(tokens, packing)
+        if self.invertible is not None:
+            x = self.invertible(x)
+        for layer, adapt in zip(self.bert.encoder.layer, self.adapts, strict=True):
+            x = self.run_block(layer, adapt, x, packing)
+        return x

@@ -1,0 +1,43 @@
+"""The sizes that the main job offers by name."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .recipe import Recipe
+
+PresetName = Literal["tiny", "base"]
+
+
+@dataclass(frozen=True)
+class TowerTraining:
+    """How towers that are made here learn by masked modelling before they are frozen."""
+
+    epochs: int = 12
+    batch_size: int = 64
+    lr: float = 1.5e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    keep: float = 0.25
+    masked_words: float = 0.25
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Two towers, by hub name or path (None: made here), and the recipe that aligns them."""
+
+    recipe: Recipe
+    vision: str | None
+    text: str | None
+    towers: TowerTraining | None = None
+
+
+PRESETS: dict[str, Preset] = {
+    # Small enough to learn something on two CPU cores in minutes; its steps are few, so its learning rates are high.
+    "tiny": Preset(
+        Recipe(width=64, epochs=24, batch_size=32, language_lr=1e-3, task_lr=2e-3),
+        vision=None,
+        text=None,
+        towers=TowerTraining(),
+    ),
+    "base": Preset(Recipe(), vision="vit_base_patch16_224.mae", text="dmis-lab/biobert-base-cased-v1.2"),
+}

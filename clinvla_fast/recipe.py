@@ -1,0 +1,28 @@
+"""A method is data: which adapters it trains, how much of an image it sees, which objective it minimises."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Objective = Literal["contrastive", "cosine"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """ClinVLA (Table 1 of the paper; where it is silent, the comment says what was chosen).
+
+    Learning rates are for AdamW; an epoch is one pass over the training studies.
+    """
+
+    objective: Objective = "contrastive"
+    adapters: tuple[str, ...] = ("invertible", "language", "task")
+    bottleneck: int = 64
+    width: int = 128  # of the shared embedding space: chosen
+    keep: float = 0.25  # share of patches seen in training
+    max_tokens: int = 128
+    local_weight: float = 0.8
+    batch_size: int = 32
+    epochs: int = 30  # chosen
+    warmup: float = 0.05  # share of all steps, then cosine: chosen
+    language_lr: float = 5e-5
+    task_lr: float = 1e-4  # also of the invertible adapters, heads, embeddings and temperatures
+    weight_decay: float = 1e-4

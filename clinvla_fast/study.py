@@ -1,0 +1,57 @@
+"""What flows through the program: a batch of studies in, their embeddings out."""
+
+from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
+
+VIEWS = ("frontal", "lateral", "prior_frontal", "prior_lateral")  # the view slots; "prior" is the patient's last study
+
+
+@dataclass(frozen=True)
+class StudyBatch:
+    """B studies of V view slots, the first V of VIEWS; reports packed one after the other, without padding.
+
+    images: uint8 [B, V, H, W], grayscale; anything where a view is absent.
+    present: bool [B, V].
+    tokens: int64 [sum of lengths].
+    lengths: int64 [B], on the CPU: the number of tokens of each report, CLS and SEP included.
+    labels: the findings of each study, the primary one first.
+    ids: the study identifiers.
+    """
+
+    images: Tensor
+    present: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    labels: tuple[tuple[str, ...], ...] = ()
+    ids: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.present)
+
+    def to(self, device) -> "StudyBatch":
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "present", "tokens")}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of B studies in the shared space of width D, float.
+
+    image_global: [B, D]; zero where a study has no view.
+    image_local: patches of all present views [B, N, D]; image_mask: bool [B, N].
+    text_global: [B, D].
+    text_local: words [B, T, D]; text_mask: bool [B, T], False for CLS, SEP and padding.
+    """
+
+    image_global: Tensor
+    image_local: Tensor
+    image_mask: Tensor
+    text_global: Tensor
+    text_local: Tensor
+    text_mask: Tensor
+
+    def paired(self) -> "Embeddings":
+        """The studies that have both a view and a word: the others have nothing to align."""
+        keep = self.image_mask.any(1) & self.text_mask.any(1)
+        return Embeddings(**{f.name: getattr(self, f.name)[keep] for f in fields(self)})

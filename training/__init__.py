@@ -1,0 +1,1 @@
+"""Command lines: each is a thin shell over clinvla_fast."""

@@ -1,0 +1,204 @@
+"""Prepare a data set: image files and reports, or phantoms, become shards that training reads."""
+
+import csv
+import hashlib
+import io
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from clinvla_fast.data.contact_sheet import contact_sheet
+from clinvla_fast.data.reports import clean_report
+from clinvla_fast.data.shards import Study, empty_or_absent, write_shards
+from clinvla_fast.data.tables import LeftOut, studies_from_csv
+from clinvla_fast.errors import DataError
+
+from .console import one_clear_error
+
+
+@dataclass
+class Csv:
+    """Studies listed in a table.
+
+    Its columns are study_id, patient_id, frontal, lateral, prior_frontal, prior_lateral, report, split and labels.
+    """
+
+    table: tyro.conf.Positional[Path]
+    """A .csv or .csv.gz file. Image paths are absolute or relative to its folder; blank if missing."""
+    out: Path
+    """Folder to create."""
+    short_side: int = 256
+    """Pixels of the short side of every stored image."""
+    workers: int = os.cpu_count() or 1
+    """Processes that read images."""
+    contact_sheet: Path | None = None
+    """Also write a picture of some studies, as PNG."""
+
+    def run(self) -> None:
+        if min(self.short_side, self.workers) < 1:
+            raise DataError("--short-side and --workers must be at least 1.")
+        empty_or_absent(self.out)
+        dropped: Counter[str] = Counter()
+        left_out: list[LeftOut] = []
+        with (
+            _progress("rows") as progress,
+            closing(
+                studies_from_csv(
+                    self.table,
+                    short_side=self.short_side,
+                    dropped=dropped,
+                    left_out=left_out,
+                    workers=self.workers,
+                    progress=progress,
+                )
+            ) as studies,
+        ):
+            manifest = write_shards(
+                studies,
+                self.out,
+                source="csv",
+                settings={"table_sha256": _sha256(self.table), "short_side": self.short_side},
+                dropped=dropped,
+                extra_files=lambda: {"dropped.csv": _dropped_csv(left_out)},
+            )
+        views_left_out = Counter(item.reason for item in left_out if item.what != "study")
+        _finish(self.out, manifest, self.contact_sheet, views_left_out)
+
+
+@dataclass
+class Phantom:
+    """Simulated chests with findings, follow-up studies and reports: no download, no licence."""
+
+    out: Path
+    """Folder to create."""
+    patients: int = 900
+    """Patients to simulate; some have several studies."""
+    seed: int = 0
+    """The same seed gives the same bytes."""
+    size: int = 128
+    """Pixels of each side of every image."""
+    contact_sheet: Path | None = None
+    """Also write a picture of some studies, as PNG."""
+
+    def run(self) -> None:
+        from clinvla_fast.data.phantom import phantom_studies
+
+        empty_or_absent(self.out)
+        try:
+            studies = phantom_studies(self.patients, seed=self.seed, size=self.size, workers=os.cpu_count() or 1)
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        with _progress("patients") as progress:
+            manifest = write_shards(
+                _cleaned(studies, self.patients, progress),
+                self.out,
+                source="phantom",
+                settings={"patients": self.patients, "seed": self.seed, "size": self.size},
+            )
+        _finish(self.out, manifest, self.contact_sheet)
+
+
+@dataclass
+class Sheet:
+    """A picture of some studies of a prepared folder: views, labels and reports."""
+
+    data: tyro.conf.Positional[Path]
+    """A prepared folder."""
+    out: Path
+    """PNG file to write."""
+
+    def run(self) -> None:
+        contact_sheet(self.data, self.out)
+
+
+def _cleaned(studies: Iterator[Study], patients: int, progress: Callable[[int, int], None]) -> Iterator[Study]:
+    seen: set[str] = set()
+    for study in studies:
+        seen.add(study.patient_id)
+        progress(len(seen), patients)
+        yield replace(study, report=clean_report(study.report))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such table, expected a .csv or .csv.gz file.") from None
+
+
+def _dropped_csv(left_out: list[LeftOut]) -> str:
+    """Row numbers, not identifiers: this file may be shared where the table may not."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(LeftOut._fields)
+    writer.writerows(left_out)
+    return text.getvalue()
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    columns = (f"{unit} read", BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    drawn = 0.0
+    console = Console(stderr=True)
+    # No refreshing thread: the readers are forked from this process.
+    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            nonlocal drawn
+            due = time.monotonic() - drawn > 0.1
+            drawn = time.monotonic() if due else drawn
+            bar.update(task, completed=done, total=total, refresh=due)
+
+        yield show
+
+
+def _finish(out: Path, manifest: dict, sheet: Path | None, views_left_out: Counter[str] | None = None) -> None:
+    counts = manifest["counts"]
+    table = Table("studies", "count", title=str(out))
+    table.columns[1].justify = "right"
+    table.add_row("found", str(counts["kept"] + sum(counts["dropped"].values())))
+    for split, count in counts["splits"].items():
+        table.add_row(f"kept: {split}", str(count))
+    for reason, count in sorted(counts["dropped"].items()):
+        table.add_row(f"dropped: {reason}", str(count))
+    for reason, count in sorted((views_left_out or {}).items()):
+        table.add_row(f"kept without a view: {reason}", str(count))
+    console = Console()
+    console.print(table)
+    if sheet:
+        contact_sheet(out, sheet, split=next(iter(counts["splits"])))
+    console.print(f"Next: python -m training.pretrain --data {out}", soft_wrap=True, highlight=False, markup=False)
+
+
+Command = (
+    Annotated[Csv, tyro.conf.subcommand("csv")]
+    | Annotated[Phantom, tyro.conf.subcommand("phantom")]
+    | Annotated[Sheet, tyro.conf.subcommand("sheet")]
+)
+
+
+@one_clear_error()
+def main(args: list[str] | None = None) -> None:
+    tyro.cli(Command, prog="python -m training.prepare", description=__doc__, args=args).run()
+
+
+if __name__ == "__main__":
+    main()
