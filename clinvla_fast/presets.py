@@ -13,12 +13,12 @@ class TowerTraining:
     """How towers that are made here learn by masked modelling before they are frozen."""
 
     epochs: int = 12
-    batch_size: int = 64
-    lr: float = 1.5e-3
+    batch_size: int = 32
+    lr: float = 3e-3
     weight_decay: float = 0.05
     warmup: float = 0.1
     keep: float = 0.25
-    masked_words: float = 0.25
+    masked_words: float = 0.5
 
 
 @dataclass(frozen=True)

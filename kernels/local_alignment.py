@@ -9,15 +9,19 @@ For image i with patch features C [N, D] and report j with word features W [T, D
     logit(i, j) = tau3 * s(i, j)
 
 Two identities save work: cos does not see the length of c_t, so A needs no denominator; and W[t] . c_t is the sum over n
-of A[n, t] S[n, t], so the products of S serve twice. The reference goes through the images in chunks and recomputes
-each chunk in the backward pass, so that what it holds does not grow with the number of images.
+of A[n, t] S[n, t], so the products of S serve twice. The reference takes images and reports by length, in blocks small
+enough for a CPU's cache and cut to the longest of each, and recomputes a block in the backward pass: little padding is
+computed, and what is held does not grow with the batch.
 """
+
+import math
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-_CHUNK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 19
+_NO_RANDOM = {"preserve_rng_state": False}
 
 
 def word_attention(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor | float) -> Tensor:
@@ -44,6 +48,17 @@ def _scores(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, 
     return (tau2 * cosine).unflatten(-1, text_mask.shape).masked_fill(~text_mask, -torch.inf).logsumexp(-1)
 
 
+def _blocks(features: Tensor, mask: Tensor, size: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Features [B, L, D] and mask [B, L] in blocks of `size` by length, each cut to its longest, and the way back."""
+    length = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
+    length, order = length.sort(stable=True)
+    blocks = []
+    for rows, longest in zip(order.split(size), length.split(size), strict=True):
+        cut = int(longest[-1])
+        blocks.append((features[rows, :cut], mask[rows, :cut]))
+    return blocks, order.argsort()
+
+
 def reference(
     image: Tensor,
     image_mask: Tensor,
@@ -53,9 +68,11 @@ def reference(
     tau2: Tensor,
     tau3: Tensor,
 ) -> Tensor:
-    rows = max(1, _CHUNK_ELEMENTS // max(1, image.shape[1] * text.shape[0] * text.shape[1]))
-    if len(image) <= rows:
-        return tau3 * _scores(image, image_mask, text, text_mask, tau1, tau2)
-    chunks = zip(image.split(rows), image_mask.split(rows), strict=True)
-    scores = [checkpoint(_scores, *chunk, text, text_mask, tau1, tau2, use_reentrant=False) for chunk in chunks]
-    return tau3 * torch.cat(scores)
+    side = max(1, math.isqrt(_BLOCK_ELEMENTS // max(1, image.shape[1] * text.shape[1])))
+    images, image_order = _blocks(image, image_mask, side)
+    reports, report_order = _blocks(text, text_mask, side)
+    rows = [
+        torch.cat([checkpoint(_scores, *i, *j, tau1, tau2, use_reentrant=False, **_NO_RANDOM) for j in reports], 1)
+        for i in images
+    ]
+    return tau3 * torch.cat(rows)[image_order][:, report_order]

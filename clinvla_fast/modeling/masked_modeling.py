@@ -1,7 +1,8 @@
 """Masked modelling of both modalities: how small towers are made, and a probe of what adapters leave intact.
 
 Images: masked autoencoding (He et al. 2022): encode the kept patches, decode all, compare the masked ones with their
-pixels normalised a patch. Words: BERT's masked words. Where a tower has an invertible adapter, the heads read the
+pixels normalised a patch. Words: BERT's masked words. Both heads also see the CLS token, so that it has something to learn:
+ClinVLA's global embeddings are read from it. Where a tower has an invertible adapter, the heads read the
 inverse of its output (ClinVLA, section 3.1.1): they live in the space that the tower was trained in.
 """
 
@@ -20,7 +21,7 @@ from .vision import VisionTower
 class ImageDecoder(nn.Module):
     """Predicts every patch's normalised pixels from the kept patches' tokens."""
 
-    def __init__(self, width: int, patches: int, pixels: int, depth: int = 1, heads: int = 3):
+    def __init__(self, width: int, patches: int, pixels: int, depth: int = 1, heads: int = 4):
         super().__init__()
         inner = width // 2
         self.embed = nn.Linear(width, inner)
@@ -34,9 +35,9 @@ class ImageDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, kept: Tensor) -> Tensor:
         """[n, 1 + k, width] and the kept patches [n, k] to [n, N, pixels]."""
-        x = self.embed(tokens[:, 1:])
-        grid = self.mask_token.expand(len(x), len(self.position), -1)
-        grid = grid.scatter(1, kept[..., None].expand(-1, -1, x.shape[-1]), x)
+        x = self.embed(tokens)
+        grid = (self.mask_token + x[:, :1]).expand(-1, len(self.position), -1)
+        grid = grid.scatter(1, kept[..., None].expand(-1, -1, x.shape[-1]), x[:, 1:])
         return self.predict(self.norm(self.blocks(grid + self.position)))
 
 
@@ -70,14 +71,15 @@ class MaskedModeling(nn.Module):
         if self.vision.invertible is not None:
             tokens = self.vision.invertible.inverse(tokens)
         target = to_patches(images[present], self.vision.patch_size).flatten(-2).flatten(1, 2).float()
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1).sqrt()
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 100).sqrt()
         error = (self.decoder(tokens, kept) - target).square().mean(-1)
         masked = torch.ones_like(error).scatter(1, kept, 0.0)
         return (error * masked).sum() / masked.sum()
 
     def word_loss(self, tokens: Tensor, packing: Packing, masked: Tensor) -> Tensor:
         """Cross-entropy of the words at `masked`, int64 [m], indices into the packed tokens [total]."""
-        hidden = self.text(tokens.index_fill(0, masked, self.mask_token), packing)[masked]
+        hidden = self.text(tokens.index_fill(0, masked, self.mask_token), packing)
+        hidden = hidden[masked] + hidden[packing.first[packing.row[masked]]]
         if self.text.invertible is not None:
             hidden = self.text.invertible.inverse(hidden)
         return cross_entropy(self.words(hidden, self.text.word_embeddings.weight), tokens[masked])

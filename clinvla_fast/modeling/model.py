@@ -35,6 +35,17 @@ class ProjectionHead(nn.Sequential):
     def __init__(self, width: int, shared: int):
         super().__init__(nn.Linear(width, shared), nn.GELU(), nn.LayerNorm(shared), nn.Linear(shared, shared))
 
+    @torch.no_grad()
+    def standardise(self, x: Tensor) -> None:
+        """Scale and shift a new head's first layer so that features like x [n, width] leave it with mean 0 and
+        variance 1 (Salimans and Kingma 2016). A frozen tower's CLS tokens differ little from study to study; without
+        this, a head maps all of them to nearly one point and the first epochs go into pulling them apart."""
+        first = self[0]
+        out = first(x)
+        scale = out.std(0).clamp(min=1e-6).reciprocal()
+        first.bias.copy_((first.bias - out.mean(0)) * scale)
+        first.weight.mul_(scale[:, None])
+
 
 class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", license="apache-2.0"):
     """ClinVLA (Hao et al. 2025, section 3), its towers frozen and its adapters new.
@@ -80,6 +91,16 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         """Everything that is learned here, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    @torch.no_grad()
+    def standardise_heads(self, batch: StudyBatch) -> None:
+        """Fit the scale of new heads to the towers' features of one batch of at least two studies, all with a view."""
+        tokens, packing = self.vision(batch.images, batch.present), Packing.of(batch.lengths, batch.tokens.device)
+        hidden = self.text(batch.tokens, packing)
+        self.image_global.standardise(self._mean_cls(tokens, batch.present))
+        self.image_local.standardise(tokens[:, 1:].flatten(0, 1))
+        self.text_global.standardise(hidden[packing.first])
+        self.text_local.standardise(hidden)
+
     def forward(self, batch: StudyBatch, mask_seed: int | None = None) -> Embeddings:
         """Embeddings of a batch; with a seed, from the share of patches that the recipe keeps, drawn by it."""
         kept = None
@@ -98,12 +119,16 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         """
         tokens = self.vision(images, present, kept)
         views = present.sum(1)
-        study = present.nonzero()[:, 0]
-        sums = tokens.new_zeros(len(present), self.vision.width).index_add(0, study, tokens[:, 0])
-        pooled = self.image_global(sums / views.clamp(min=1)[:, None]) * (views > 0)[:, None]
+        pooled = self.image_global(self._mean_cls(tokens, present)) * (views > 0)[:, None]
         packing = Packing.of(views.cpu(), images.device)
         local = packing.pad(self.image_local(tokens[:, 1:])).flatten(1, 2)
         return pooled, local, packing.mask.repeat_interleave(tokens.shape[1] - 1, 1)
+
+    @staticmethod
+    def _mean_cls(tokens: Tensor, present: Tensor) -> Tensor:
+        """Mean CLS token of each study's views: [B, width], zero without a view."""
+        sums = tokens.new_zeros(len(present), tokens.shape[-1]).index_add(0, present.nonzero()[:, 0], tokens[:, 0])
+        return sums / present.sum(1).clamp(min=1)[:, None]
 
     def embed_reports(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The report side of Embeddings. Global: CLS; local: every word piece but CLS and SEP.

@@ -11,11 +11,12 @@ from torch.nn.functional import scaled_dot_product_attention
 class Packing:
     """Where each packed row lies in a padded [B, L] grid.
 
-    slot: int64 [total], the row's place in the flattened grid; column: int64 [total], its place in its own sequence;
-    mask: bool [B, L], True where a sequence has a row; first: int64 [B], the row each sequence starts at.
+    slot: int64 [total], the packed row's place in the flattened grid; row, column: int64 [total], in the grid;
+    mask: bool [B, L], True where a sequence reaches; first: int64 [B], the packed row that each sequence starts at.
     """
 
     slot: Tensor
+    row: Tensor
     column: Tensor
     mask: Tensor
     first: Tensor
@@ -27,7 +28,8 @@ class Packing:
         mask = torch.arange(longest) < lengths[:, None]
         slot = mask.flatten().nonzero().squeeze(1)
         first = lengths.cumsum(0) - lengths
-        return cls(slot.to(device), (slot % max(longest, 1)).to(device), mask.to(device), first.to(device))
+        width = max(longest, 1)
+        return cls(*(x.to(device) for x in (slot, slot // width, slot % width, mask, first)))
 
     def pad(self, rows: Tensor) -> Tensor:
         """Packed rows [total, ...] as [B, L, ...], zero where there is none."""
