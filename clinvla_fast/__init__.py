@@ -1,9 +1,27 @@
-"""clinvla_fast: medical vision-language alignment with frozen towers, fast."""
+"""clinvla_fast: medical vision-language alignment with frozen towers, fast.
 
-from . import backend, ops
+Names are imported at first use: a command that only prepares files does not wait for PyTorch.
+"""
+
+from importlib import import_module
+
 from .errors import DataError
-from .modeling.model import ClinVLA
-from .recipe import Recipe
-from .study import VIEWS, Embeddings, StudyBatch
+from .study import VIEWS
+
+_HOME = {
+    "ClinVLA": ".modeling.model",
+    "Embeddings": ".study",
+    "Recipe": ".recipe",
+    "StudyBatch": ".study",
+}
+_MODULES = ("backend", "ops")
 
 __all__ = ["VIEWS", "ClinVLA", "DataError", "Embeddings", "Recipe", "StudyBatch", "backend", "ops"]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(_HOME[name], __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,5 @@
 """What is minimised, and the alarm that says when it is minimised the wrong way."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +11,14 @@ from .kernels.contrastive import symmetric_cross_entropy
 from .recipe import Recipe
 from .study import Embeddings
 
-_INITIAL_SCALE, _LARGEST_SCALE = 1 / 0.07, 100.0
+_LARGEST_SCALE = 100.0
 
 
 class Alignment(nn.Module):
     """L = L_global + local_weight * L_local (ClinVLA, section 3.4), in one of two forms.
 
     contrastive: symmetric InfoNCE on the global embeddings; symmetric cross-entropy of the local alignment logits.
-        One learnable scale for the former, three for the latter, each starting at 1/0.07 and capped at 100.
+        One learnable scale for the former, three for the latter, which start where the recipe says and are capped at 100.
     cosine: the formulas as printed, 1 - cos of matched pairs, over studies and over the words of a study. They have
         no negatives: a constant embedding minimises them, so watch `collapse`.
     """
@@ -27,7 +26,7 @@ class Alignment(nn.Module):
     def __init__(self, recipe: Recipe):
         super().__init__()
         self.form, self.local_weight = recipe.objective, recipe.local_weight
-        self.log_scales = nn.Parameter(torch.full((4,), math.log(_INITIAL_SCALE)))
+        self.log_scales = nn.Parameter(torch.tensor(recipe.scales).log())
 
     def scales(self) -> Tensor:
         """The global scale, tau1, tau2 and tau3: [4]."""

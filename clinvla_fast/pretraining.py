@@ -18,6 +18,8 @@ from .evaluation.retrieval import retrieval_scores
 from .modeling.masked_modeling import MaskedModeling, draw_masked_words
 from .modeling.model import ClinVLA, parameter_groups
 from .modeling.packing import Packing
+from .modeling.text import TextTower, text_block
+from .modeling.vision import VisionTower, vision_block
 from .objectives import collapse
 from .presets import TowerTraining
 from .run import Run
@@ -32,7 +34,7 @@ _ALARM_PATIENCE = 5
 class Progress(Protocol):
     """What a stage tells whoever watches it."""
 
-    def __call__(self, step: int, losses: dict[str, float]) -> None: ...
+    def __call__(self, step: int, steps: int, words: str, studies: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def fit(
     epochs: int,
     warmup: float,
     measure: Callable[[int], dict[str, float]] | None = None,
-    progress: Progress = lambda step, losses: None,
+    progress: Progress = lambda *args: None,
 ) -> None:
     """Minimise `losses(batch, step)["loss"]` over `epochs` of the loader with AdamW.
 
@@ -92,6 +94,7 @@ def fit(
     """
     state = run.state if run.state and run.state["stage"] == stage else None
     loader = make_loader(state["loader"] if state else None)
+    device = next(module.parameters()).device
     schedule = Schedule(epochs * len(loader), warmup)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -112,7 +115,7 @@ def fit(
     with _interrupts() as interrupted:
         while step < schedule.steps:
             for batch in loader:
-                parts = losses(batch, step)
+                parts = losses(batch.to(device), step)
                 optimizer.zero_grad(set_to_none=True)
                 parts["loss"].backward()
                 nn.utils.clip_grad_norm_(trained.values(), _GRADIENT_NORM)
@@ -121,9 +124,10 @@ def fit(
                 scheduler.step()
                 step += 1
                 if step % _LOG_EVERY == 0 or step == schedule.steps:
-                    values = {name: float(part) for name, part in parts.items()}
+                    values = {name: float(part.detach()) if isinstance(part, Tensor) else part for name, part in parts.items()}
                     run.log(stage, step, lr=rate, **values)
-                    progress(step, values)
+                    words = " ".join(f"{name} {value:.2f}" for name, value in list(values.items())[:3])
+                    progress(step, schedule.steps, words, loader.batch_size)
                 if interrupted():
                     save()
                     raise KeyboardInterrupt
@@ -231,6 +235,12 @@ def retrieve(model: ClinVLA, loader: StudyLoader) -> dict[str, dict[str, float |
         "text_to_image": retrieval_scores(text, image, labels),
         "image_to_text": retrieval_scores(image, text, labels),
     }
+
+
+def compile_tower_blocks(vision: VisionTower, text: TextTower) -> None:
+    """Compile the towers' blocks, each kind once for all depths, any number of views and any lengths of reports."""
+    vision.run_block = torch.compile(vision_block, fullgraph=True, dynamic=True)
+    text.run_block = torch.compile(text_block, fullgraph=True, dynamic=True)
 
 
 def _step_seed(seed: int, step: int) -> int:

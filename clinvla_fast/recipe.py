@@ -20,6 +20,7 @@ class Recipe:
     keep: float = 0.25  # share of patches seen in training
     max_tokens: int = 128
     local_weight: float = 0.8
+    scales: tuple[float, float, float, float] = (1 / 0.07,) * 4  # at the start: global, tau1, tau2, tau3: chosen
     batch_size: int = 32
     epochs: int = 30  # chosen
     warmup: float = 0.05  # share of all steps, then cosine: chosen

@@ -10,6 +10,8 @@
 
 import json
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +24,13 @@ from .errors import DataError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes `path`'s place at the end, or vanishes on an error."""
+    """A path beside `path` to write a file or folder to; it takes `path`'s place at the end, or vanishes on an error."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -48,16 +50,18 @@ class Run:
         self._state = self.path / "state.pt"
         self.state = self._read_state()
         lines = self.read_metrics()
-        known = self.state["metrics"] if self.state else 0 if not self.finished else len(lines)
+        known = self.state["metrics"] if self.state else 0
         if len(lines) > known:
             with replacing(self._metrics) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines[:known]))
         self._lines = min(known, len(lines))
+        self._opened, self._seconds_before = time.monotonic(), self.state["seconds"] if self.state else 0.0
         self._board = SummaryWriter(str(self.path / "tensorboard"))
 
     @property
-    def finished(self) -> bool:
-        return (self.path / "summary.json").is_file()
+    def seconds(self) -> float:
+        """Time spent on this run since it was opened, and before its last saved state."""
+        return self._seconds_before + time.monotonic() - self._opened
 
     def log(self, stage: str, step: int, **values: float) -> None:
         """Append one line of measurements, and put them on TensorBoard."""
@@ -80,7 +84,7 @@ class Run:
 
     def save_state(self, stage: str, step: int, **parts) -> None:
         """Put down where training stands, in place of what was put down before."""
-        self.state = {"stage": stage, "step": step, "metrics": self._lines, **parts}
+        self.state = {"stage": stage, "step": step, "metrics": self._lines, "seconds": self.seconds, **parts}
         with replacing(self._state) as partial:
             torch.save(self.state, partial)
 

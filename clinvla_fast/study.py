@@ -1,8 +1,12 @@
 """What flows through the program: a batch of studies in, their embeddings out."""
 
-from dataclasses import dataclass, fields, replace
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VIEWS = ("frontal", "lateral", "prior_frontal", "prior_lateral")  # the view slots; "prior" is the patient's last study
 
@@ -29,7 +33,7 @@ class StudyBatch:
     def __len__(self) -> int:
         return len(self.present)
 
-    def to(self, device) -> "StudyBatch":
+    def to(self, device) -> StudyBatch:
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "present", "tokens")}
         return replace(self, **moved)
 
@@ -51,7 +55,7 @@ class Embeddings:
     text_local: Tensor
     text_mask: Tensor
 
-    def paired(self) -> "Embeddings":
+    def paired(self) -> Embeddings:
         """The studies that have both a view and a word: the others have nothing to align."""
         keep = self.image_mask.any(1) & self.text_mask.any(1)
         return Embeddings(**{f.name: getattr(self, f.name)[keep] for f in fields(self)})

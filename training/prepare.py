@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from clinvla_fast.data.contact_sheet import contact_sheet
-from clinvla_fast.data.reports import clean_report
-from clinvla_fast.data.shards import Study, empty_or_absent, write_shards
+from clinvla_fast.data.phantom.dataset import write_phantoms
+from clinvla_fast.data.shards import empty_or_absent, write_shards
 from clinvla_fast.data.tables import LeftOut, studies_from_csv
 from clinvla_fast.errors import DataError
 
@@ -82,7 +82,7 @@ class Phantom:
 
     out: Path
     """Folder to create."""
-    patients: int = 900
+    patients: int = 1200
     """Patients to simulate; some have several studies."""
     seed: int = 0
     """The same seed gives the same bytes."""
@@ -92,20 +92,13 @@ class Phantom:
     """Also write a picture of some studies, as PNG."""
 
     def run(self) -> None:
-        from clinvla_fast.data.phantom import phantom_studies
-
-        empty_or_absent(self.out)
         try:
-            studies = phantom_studies(self.patients, seed=self.seed, size=self.size, workers=os.cpu_count() or 1)
+            with _progress("patients") as progress:
+                manifest = write_phantoms(
+                    self.out, patients=self.patients, seed=self.seed, size=self.size, progress=progress
+                )
         except ValueError as error:
             raise DataError(str(error)) from None
-        with _progress("patients") as progress:
-            manifest = write_shards(
-                _cleaned(studies, self.patients, progress),
-                self.out,
-                source="phantom",
-                settings={"patients": self.patients, "seed": self.seed, "size": self.size},
-            )
         _finish(self.out, manifest, self.contact_sheet)
 
 
@@ -120,14 +113,6 @@ class Sheet:
 
     def run(self) -> None:
         contact_sheet(self.data, self.out)
-
-
-def _cleaned(studies: Iterator[Study], patients: int, progress: Callable[[int, int], None]) -> Iterator[Study]:
-    seen: set[str] = set()
-    for study in studies:
-        seen.add(study.patient_id)
-        progress(len(seen), patients)
-        yield replace(study, report=clean_report(study.report))
 
 
 def _sha256(path: Path) -> str:

@@ -55,10 +55,15 @@ def _plain(image, size: int):
 def _augmented(image, size: int):
     """What a film may do by itself: a small turn, shift and zoom, another exposure. Never a flip: it moves the heart."""
     uniform = fn.random.uniform
-    image = fn.rotate(image, angle=uniform(range=(-4.0, 4.0)), keep_size=True, fill_value=0)
-    image = fn.random_resized_crop(
-        image, size=(size, size), random_area=(0.85, 1.0), random_aspect_ratio=(0.95, 1.05), antialias=True
-    )
+    stored = image.shape()
+    height, width = fn.cast(stored[0], dtype=types.FLOAT), fn.cast(stored[1], dtype=types.FLOAT)
+    # From stored pixels to the unit square, turned and shifted there, and on to the tower's size: one resampling.
+    matrix = fn.transforms.scale(scale=fn.stack(1.0 / width, 1.0 / height))
+    matrix = fn.transforms.rotation(matrix, angle=uniform(range=(-4.0, 4.0)), center=(0.5, 0.5))
+    matrix = fn.transforms.scale(matrix, scale=uniform(range=(1.0, 1.1), shape=2), center=(0.5, 0.5))
+    matrix = fn.transforms.translation(matrix, offset=uniform(range=(-0.03, 0.03), shape=2))
+    matrix = fn.transforms.scale(matrix, scale=(float(size), float(size)))
+    image = fn.warp_affine(image, matrix=matrix, size=(size, size), inverse_map=False, fill_value=0)
     return fn.brightness_contrast(image, brightness=uniform(range=(0.9, 1.1)), contrast=uniform(range=(0.9, 1.1)))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_precision
+from torchmetrics.functional.retrieval import retrieval_hit_rate
 
 
 def retrieval_scores(
@@ -20,8 +20,13 @@ def retrieval_scores(
         queries, candidates: L2-normalised embeddings [n, D], n >= 1.
         labels: the findings of each study, the primary one first.
         precision_at, recall_at: k, capped at n.
+
+    Raises:
+        ValueError: if an embedding is not finite: it has no place in an order.
     """
     similarity = queries @ candidates.mT
+    if not similarity.isfinite().all():
+        raise ValueError("embeddings are not finite: expected L2-normalised vectors; the model or its input is broken.")
     n = len(similarity)
     own = torch.eye(n, dtype=torch.bool, device=similarity.device)
     k = min(recall_at, n)
@@ -36,8 +41,8 @@ def retrieval_scores(
     if rows:
         relevant = torch.tensor([[labels[i][0] in found for found in labels] for i in rows], device=similarity.device)
         k = min(precision_at, n)
-        pairs = zip(similarity[rows], relevant, strict=True)
-        precision = torch.stack([retrieval_precision(s, r, top_k=k) for s, r in pairs])
+        # torchmetrics' retrieval_precision counts no candidate whose similarity is 0 or less
+        precision = relevant.gather(1, similarity[rows].topk(k).indices).double()
         scores[f"precision@{precision_at}"] = precision.mean().item()
         scores[f"precision@{precision_at}_chance"] = relevant.double().mean().item()
     return scores

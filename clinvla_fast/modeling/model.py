@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -22,9 +23,7 @@ from ..objectives import Alignment
 from ..recipe import Recipe
 from ..study import VIEWS, Embeddings, StudyBatch
 from .packing import Packing
-from .text import text_block
 from .towers import load_text, load_vision
-from .vision import vision_block
 
 _WEIGHTS = "adapters.safetensors"
 
@@ -82,11 +81,6 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         self.text.bert.eval()
         return self
 
-    def compile_blocks(self) -> None:
-        """Compile the blocks of both towers, each kind once, for any batch and length."""
-        self.vision.run_block = torch.compile(vision_block, fullgraph=True, dynamic=True)
-        self.text.run_block = torch.compile(text_block, fullgraph=True, dynamic=True)
-
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything that is learned here, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -112,7 +106,9 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         text_global, text_local, text_mask = self.embed_reports(batch.tokens, batch.lengths)
         return Embeddings(image_global, image_local, image_mask, text_global, text_local, text_mask)
 
-    def embed_images(self, images: Tensor, present: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def embed_images(
+        self, images: Tensor, present: Tensor, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The image side of Embeddings. Global: the mean of the present views' CLS; local: all their patches.
 
         Args: as VisionTower.
@@ -144,9 +140,7 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
     # Use
 
     @torch.inference_mode()
-    def encode_images(
-        self, studies: Sequence[Mapping[str, str | Path | np.ndarray]], batch_size: int = 32
-    ) -> Tensor:
+    def encode_images(self, studies: Sequence[Mapping[str, str | Path | np.ndarray]], batch_size: int = 32) -> Tensor:
         """Global embeddings of studies, L2-normalised.
 
         Args:
@@ -157,7 +151,8 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
             [len(studies), D] on the model's device.
 
         Raises:
-            DataError: if a study has no view, or a name that is none of VIEWS, or a file cannot be read.
+            DataError: if a study has no view, or a name that is none of VIEWS, or a file cannot be read, or pixels are
+                no uint8 [H, W].
         """
         size = self.vision.image_size
         parts = [torch.empty(0, self.recipe.width, device=self.device)]
@@ -172,6 +167,9 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
                 for view, image in study.items():
                     column = VIEWS.index(view)
                     pixels = image if isinstance(image, np.ndarray) else read_radiograph(image, size)
+                    if pixels.dtype != np.uint8 or pixels.ndim != 2 or not pixels.size:
+                        got = f"{pixels.dtype} {list(pixels.shape)}"
+                        raise DataError(f"study {start + row}: {view} is {got}: expected pixels, uint8 [H, W].")
                     images[row, column] = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
                     present[row, column] = True
             moved = (torch.from_numpy(x).to(self.device) for x in (images, present))
@@ -202,10 +200,11 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
     # Files: the adapters alone, with the towers named
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        names = {
-            kind: str(Path(name).relative_to(save_directory)) if Path(name).is_relative_to(save_directory) else name
-            for kind, name in self.tower_names.items()
-        }
+        folder, names = save_directory.resolve(), dict(self.tower_names)
+        for kind, name in names.items():
+            if Path(name).exists():  # a path, then, and not a name on a hub
+                path = Path(name).resolve()
+                names[kind] = str(path.relative_to(folder) if path.is_relative_to(folder) else path)
         config = {**names, "recipe": asdict(self.recipe)}
         (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file({name: p.detach().contiguous() for name, p in self.trainable().items()}, save_directory / _WEIGHTS)
@@ -223,8 +222,14 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         for kind in ("vision", "text"):
             if (folder / init[kind]).exists():
                 init[kind] = str(folder / init[kind])
+        if "recipe" in init:
+            lists = {name: tuple(x) for name, x in vars(init["recipe"]).items() if isinstance(x, list)}
+            init["recipe"] = replace(init["recipe"], **lists)  # JSON knows no tuples
         model = cls(**init)
-        weights = load_file(folder / _WEIGHTS)
+        try:
+            weights = load_file(folder / _WEIGHTS)
+        except SafetensorError as error:
+            raise DataError(f"{folder / _WEIGHTS} is damaged ({error}): copy or train the model again.") from None
         expected = {name: p.shape for name, p in model.trainable().items()}
         if {name: p.shape for name, p in weights.items()} != expected:
             odd = sorted(set(weights) ^ set(expected)) or [n for n in expected if weights[n].shape != expected[n]]

@@ -60,8 +60,8 @@ def load_vision(name: str) -> VisionTower:
         raise _unavailable("vision", name, expected, error) from error
     if not isinstance(vit, VisionTransformer):
         raise TowerUnavailable(f"vision tower {name!r} is a {type(vit).__name__}: expected a VisionTransformer.")
-    pixels = timm.data.resolve_model_data_config(vit)
-    return VisionTower(vit, pixels["mean"][: vit.patch_embed.proj.in_channels], pixels["std"])
+    pixels, channels = timm.data.resolve_model_data_config(vit), vit.patch_embed.proj.in_channels
+    return VisionTower(vit, pixels["mean"][:channels], pixels["std"][:channels])
 
 
 def load_text(name: str) -> tuple[TextTower, PreTrainedTokenizerFast]:

@@ -187,7 +187,7 @@ def patient_truths(seed: int, patient: int) -> list[StudyTruth]:
     rng = np.random.default_rng((seed, patient))
     body = Body.draw(rng)
     studies: list[StudyTruth] = []
-    for number in range(1, 2 + rng.choice(3, p=(0.5, 0.3, 0.2))):
+    for number in range(1, 2 + rng.choice(3, p=(0.7, 0.25, 0.05))):
         if studies:
             findings = _follow(rng, studies[-1].findings)
         else:

@@ -1,0 +1,193 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from clinvla_fast import ops
+
+
+def _pair(c, w, tau1, tau2):
+    """One image [N, D] and one report [T, D], every patch and word real: A, the contexts and s."""
+    products = torch.stack([torch.stack([(patch * word).sum() for word in w]) for patch in c])
+    share = products.softmax(1)
+    attention = (tau1 * share).softmax(0)
+    contexts = attention.T @ c
+    cosine = (w * contexts).sum(1) / (w.square().sum(1).sqrt() * contexts.square().sum(1).sqrt())
+    return attention, contexts, (tau2 * cosine).logsumexp(0)
+
+
+def _dense(image, image_mask, text, text_mask, tau1, tau2, tau3):
+    """Every pair on its own, in float64; what is masked is cut out before anything is computed."""
+    image, text, tau1, tau2, tau3 = (x.double() for x in (image, text, tau1, tau2, tau3))
+    rows = []
+    for i, m in zip(image, image_mask, strict=True):
+        rows.append([_pair(i[m], w[n], tau1, tau2)[2] for w, n in zip(text, text_mask, strict=True)])
+    return tau3 * torch.stack([torch.stack(row) for row in rows])
+
+
+def _inputs(images, reports, patches, words, width, seed=0, scale=1.0, dtype=torch.float64, taus=(4.0, 5.0, 10.0)):
+    generator = torch.Generator().manual_seed(seed)
+
+    def mask(rows, columns):
+        m = torch.rand(rows, columns, generator=generator) < 0.6
+        m[torch.arange(rows), torch.randint(0, columns, (rows,), generator=generator)] = True
+        return m
+
+    def normal(*shape):
+        return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    features = (
+        normal(images, patches, width),
+        mask(images, patches),
+        normal(reports, words, width),
+        mask(reports, words),
+    )
+    return *features, *(torch.tensor(t, dtype=dtype) for t in taus)
+
+
+def _leaves(inputs):
+    return [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+
+
+def _with_gradients(function, inputs, seed=0):
+    """The scores and the gradients of every image feature, word feature and temperature."""
+    leaves = _leaves(inputs)
+    out = function(*leaves)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    (out.double() * weights).sum().backward()
+    return out.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def _worst(actual, expected):
+    """The largest error, relative to the largest entry."""
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+@settings(max_examples=15)
+@given(
+    shape=st.tuples(*(st.integers(1, high) for high in (4, 4, 7, 6, 9))),
+    seed=st.integers(0, 99),
+    taus=st.tuples(*(st.floats(0.5, 15) for _ in range(3))),
+)
+def test_scores_and_gradients(shape, seed, taus):
+    inputs = _inputs(*shape, seed=seed, taus=taus)
+    out, gradients = _with_gradients(ops.local_alignment, inputs)
+    expected, expected_gradients = _with_gradients(_dense, inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    for actual, right in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (3, 2, 1, 5, 4), (2, 3, 6, 1, 4), (1, 7, 3, 3, 5), (7, 1, 3, 3, 5)])
+def test_one_patch_one_word_one_image_one_report(shape):
+    inputs = _inputs(*shape)
+    torch.testing.assert_close(ops.local_alignment(*inputs), _dense(*inputs), rtol=1e-9, atol=1e-9)
+
+
+def test_gradcheck():
+    image, image_mask, text, text_mask, *taus = _inputs(2, 3, 4, 3, 3, taus=(2.0, 3.0, 1.5))
+    leaves = _leaves((image, text, *taus))
+    assert gradcheck(lambda c, w, *t: ops.local_alignment(c, image_mask, w, text_mask, *t), leaves)
+
+
+@pytest.fixture(scope="module")
+def large():
+    """More than one block of images and of reports, at the temperatures that training starts from."""
+    inputs = _inputs(19, 21, 98, 60, 16, taus=(1 / 0.07,) * 3)
+    return inputs, _with_gradients(_fast_dense, inputs)
+
+
+def _fast_dense(image, image_mask, text, text_mask, tau1, tau2, tau3):
+    """As `_dense`, its products as one matrix product a pair: checked against it below."""
+    image, text, tau1, tau2, tau3 = (x.double() for x in (image, text, tau1, tau2, tau3))
+    rows = []
+    for i, m in zip(image, image_mask, strict=True):
+        c, row = i[m], []
+        for j, n in zip(text, text_mask, strict=True):
+            w = j[n]
+            context = (tau1 * (c @ w.T).softmax(1)).softmax(0).T @ c
+            row.append((tau2 * (w * context).sum(1) / (w.norm(dim=1) * context.norm(dim=1))).logsumexp(0))
+        rows.append(torch.stack(row))
+    return tau3 * torch.stack(rows)
+
+
+def test_the_fast_dense_reference():
+    inputs = _inputs(3, 2, 5, 4, 6)
+    torch.testing.assert_close(_fast_dense(*inputs), _dense(*inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_many_blocks(large):
+    inputs, (expected, expected_gradients) = large
+    out, gradients = _with_gradients(ops.local_alignment, inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    for actual, right in zip(gradients, expected_gradients, strict=True):
+        assert _worst(actual, right) < 1e-9
+
+
+def test_fp32_precision(large):
+    """The limits that METHODS.md sets: two chained softmaxes amplify rounding."""
+    inputs = [x.float() if x.is_floating_point() else x for x in large[0]]
+    expected, expected_gradients = _with_gradients(_fast_dense, inputs)  # of the rounded inputs, in float64
+    out, gradients = _with_gradients(ops.local_alignment, inputs)
+    assert out.dtype == torch.float32
+    assert _worst(out, expected) < 2e-5
+    for actual, right in zip(gradients[:2], expected_gradients[:2], strict=True):
+        assert _worst(actual, right) < 1e-4
+    for actual, right in zip(gradients[2:], expected_gradients[2:], strict=True):
+        assert _worst(actual, right) < 1e-3
+
+
+def test_order_of_images_and_reports_only_permutes_the_scores(large):
+    (image, image_mask, text, text_mask, *taus), (expected, _) = large
+    generator = torch.Generator().manual_seed(4)
+    p, q = torch.randperm(len(image), generator=generator), torch.randperm(len(text), generator=generator)
+    permuted = ops.local_alignment(image[p], image_mask[p], text[q], text_mask[q], *taus)
+    torch.testing.assert_close(permuted, expected[p][:, q], rtol=1e-9, atol=1e-9)
+
+
+def test_a_score_does_not_depend_on_the_rest_of_the_batch(large):
+    (image, image_mask, text, text_mask, *taus), (expected, _) = large
+    alone = ops.local_alignment(image[3:4], image_mask[3:4], text[7:9], text_mask[7:9], *taus)
+    torch.testing.assert_close(alone, expected[3:4, 7:9], rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_masked_is_never_seen():
+    inputs = _inputs(3, 4, 7, 6, 5)
+    expected, expected_gradients = _with_gradients(ops.local_alignment, inputs)
+    image, image_mask, text, text_mask, *taus = inputs
+    image, text = image.clone(), text.clone()
+    image[~image_mask], text[~text_mask] = 1e3, -1e3
+    out, gradients = _with_gradients(ops.local_alignment, (image, image_mask, text, text_mask, *taus))
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    for actual, right in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-7, atol=1e-9)
+    assert not gradients[0][~image_mask].any() and not gradients[1][~text_mask].any()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])
+def test_largest_temperatures_do_not_overflow(scale):
+    """Scores in the thousands at tau 100: exp(tau cos) alone would overflow fp32."""
+    inputs = _inputs(3, 4, 9, 7, 16, scale=scale, dtype=torch.float32, taus=(100.0, 100.0, 100.0))
+    out, gradients = _with_gradients(ops.local_alignment, inputs)
+    assert _worst(out, _dense(*inputs)) < 2e-5
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_all_equal_features():
+    image, image_mask, text, text_mask, *taus = _inputs(2, 3, 4, 5, 6)
+    out = ops.local_alignment(torch.ones_like(image), image_mask, torch.ones_like(text), text_mask, *taus)
+    expected = taus[2] * (taus[1] + text_mask.sum(1).double().log())  # every cosine is 1
+    torch.testing.assert_close(out, expected.expand(2, 3))
+
+
+def test_attention_and_contexts_of_matched_pairs():
+    image, image_mask, text, text_mask, tau1, tau2, _ = _inputs(4, 4, 6, 5, 7)
+    attention = ops.word_attention(image, image_mask, text, text_mask, tau1)
+    contexts = ops.word_contexts(image, image_mask, text, text_mask, tau1)
+    for i in range(4):
+        m, n = image_mask[i], text_mask[i]
+        right_attention, right_contexts, _ = _pair(image[i][m], text[i][n], tau1, tau2)
+        torch.testing.assert_close(attention[i][m][:, n], right_attention)
+        torch.testing.assert_close(contexts[i][n], right_contexts)
+        assert not attention[i][~m].any()
