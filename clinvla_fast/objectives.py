@@ -39,7 +39,9 @@ class Alignment(nn.Module):
         """
         e = embeddings.paired()
         if not len(e.image_global):
-            zero = sum(x.sum() for x in (e.image_global, e.image_local, e.text_global, e.text_local, self.log_scales)) * 0
+            zero = (
+                sum(x.sum() for x in (e.image_global, e.image_local, e.text_global, e.text_local, self.log_scales)) * 0
+            )
             return {"loss": zero, "global": zero, "local": zero}
         losses = self.contrastive(e) if self.form == "contrastive" else self.cosine(e)
         return {"loss": losses[0] + self.local_weight * losses[1], "global": losses[0], "local": losses[1]}

@@ -124,7 +124,9 @@ def fit(
                 scheduler.step()
                 step += 1
                 if step % _LOG_EVERY == 0 or step == schedule.steps:
-                    values = {name: float(part.detach()) if isinstance(part, Tensor) else part for name, part in parts.items()}
+                    values = {
+                        name: float(part.detach()) if isinstance(part, Tensor) else part for name, part in parts.items()
+                    }
                     run.log(stage, step, lr=rate, **values)
                     words = " ".join(f"{name} {value:.2f}" for name, value in list(values.items())[:3])
                     progress(step, schedule.steps, words, loader.batch_size)

@@ -1,13 +1,14 @@
 """A run directory: everything that `--resume`, evaluation and a reader need.
 
-    config.json, adapters.safetensors    the model, as ClinVLA.from_pretrained reads it
-    towers/                              the towers, where they were made here
-    run.json                             the resolved settings of the job and the data's manifest hash
-    metrics.jsonl, tensorboard/          one line a measurement
-    state.pt                             where training stands; gone when it is done
-    summary.json, curves.png             the result
+config.json, adapters.safetensors    the model, as ClinVLA.from_pretrained reads it
+towers/                              the towers, where they were made here
+run.json                             the resolved settings of the job and the data's manifest hash
+metrics.jsonl, tensorboard/          one line a measurement
+state.pt                             where training stands; gone when it is done
+summary.json, curves.png             the result
 """
 
+import io
 import json
 import os
 import shutil
@@ -85,8 +86,10 @@ class Run:
     def save_state(self, stage: str, step: int, **parts) -> None:
         """Put down where training stands, in place of what was put down before."""
         self.state = {"stage": stage, "step": step, "metrics": self._lines, "seconds": self.seconds, **parts}
+        buffer = io.BytesIO()  # so that a full disk is an OSError that says so, not torch's own
+        torch.save(self.state, buffer)
         with replacing(self._state) as partial:
-            torch.save(self.state, partial)
+            partial.write_bytes(buffer.getbuffer())
 
     def clear_state(self) -> None:
         self.state = None

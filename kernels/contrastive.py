@@ -1,7 +1,7 @@
 """Symmetric InfoNCE over a batch of matched pairs (CLIP; the contrastive form of ClinVLA's L_global).
 
-    z = scale * normalise(image) normalise(text)^T
-    loss = (cross_entropy(z, i) + cross_entropy(z^T, i)) / 2
+z = scale * normalise(image) normalise(text)^T
+loss = (cross_entropy(z, i) + cross_entropy(z^T, i)) / 2
 """
 
 import torch

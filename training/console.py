@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 from clinvla_fast.errors import DataError
 
 _FULL = "free some space or write to another disk"
@@ -32,6 +34,8 @@ def one_clear_error() -> Iterator[None]:
         yield
     except DataError as error:
         message = str(error)
+    except SafetensorError as error:  # safetensors writes by itself, and says what the system said
+        message = f"a weights file cannot be read or written ({error}): check the disk's space and permissions."
     except OSError as error:
         advice = _ADVICE.get(error.errno)
         path = f"{error.filename}: " if error.filename else ""

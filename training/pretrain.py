@@ -30,7 +30,14 @@ from clinvla_fast.errors import DataError
 from clinvla_fast.evaluation.curves import draw_curves
 from clinvla_fast.modeling.masked_modeling import MaskedModeling
 from clinvla_fast.modeling.model import ClinVLA
-from clinvla_fast.modeling.towers import load_text, load_vision, make_tiny_text, make_tiny_vision, save_text, save_vision
+from clinvla_fast.modeling.towers import (
+    load_text,
+    load_vision,
+    make_tiny_text,
+    make_tiny_vision,
+    save_text,
+    save_vision,
+)
 from clinvla_fast.presets import PRESETS, Preset, PresetName
 from clinvla_fast.pretraining import align, compile_tower_blocks, make_towers, retrieve
 from clinvla_fast.recipe import Objective
@@ -268,7 +275,9 @@ class Job:
         table.add_row("parameters", f"{params['total']:,}")
         table.add_row("trainable", f"{params['trainable']:,} ({params['trainable'] / params['total']:.1%})")
         table.add_row(f"forward, 2 whole views + {tokens} tokens", f"{self.flops['flops_per_sample'] / 1e9:.3f} GFLOP")
-        table.add_row(f"training step, masked + {tokens} tokens", f"{self.flops['flops_per_training_sample'] / 1e9:.3f} GFLOP")
+        table.add_row(
+            f"training step, masked + {tokens} tokens", f"{self.flops['flops_per_training_sample'] / 1e9:.3f} GFLOP"
+        )
         console.print(table)
 
     def report(self, summary: dict) -> None:
@@ -277,10 +286,16 @@ class Job:
         for way, scores in summary["retrieval"].items():
             for name in ("precision@5", "recall@10"):
                 score, chance = scores[name], scores[f"{name}_chance"]
-                cells = ("no labels", "", "") if score is None else (f"{score:.3f}", f"{chance:.3f}", f"{score / chance:.1f}")
+                cells = (
+                    ("no labels", "", "")
+                    if score is None
+                    else (f"{score:.3f}", f"{chance:.3f}", f"{score / chance:.1f}")
+                )
                 table.add_row(f"{way.replace('_', ' ')} {name}", *cells)
         console.print(table)
-        console.print(f"{summary['seconds']:.0f} s. In {self.out}: summary.json, metrics.jsonl, curves.png, tensorboard/ and the model:")
+        console.print(
+            f"{summary['seconds']:.0f} s. In {self.out}: summary.json, metrics.jsonl, curves.png, tensorboard/ and the model:"
+        )
         console.print(f'    from clinvla_fast import ClinVLA; ClinVLA.from_pretrained("{self.out}")', soft_wrap=True)
 
 
@@ -338,7 +353,9 @@ def _bar(stage: str) -> Iterator[Callable]:
             now = time.monotonic()
             first = first or (now, done)
             speed = (done - first[1]) * per_step / (now - first[0]) if done > first[1] else 0
-            bar.update(task, completed=done, total=total, words=words, rate=f"{speed:.0f}/s" if speed else "", refresh=True)
+            bar.update(
+                task, completed=done, total=total, words=words, rate=f"{speed:.0f}/s" if speed else "", refresh=True
+            )
 
         yield show
 

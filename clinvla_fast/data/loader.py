@@ -35,7 +35,9 @@ def _pipeline(shards: list[str], image_size: int, train: bool, device: str):
     for file in files:
         has = file.shape()[0] > 0
         if has:
-            image = _augmented(_decoded(file, device), image_size) if train else _plain(_decoded(file, device), image_size)
+            image = (
+                _augmented(_decoded(file, device), image_size) if train else _plain(_decoded(file, device), image_size)
+            )
         else:
             image = types.Constant(np.zeros((image_size, image_size, 1), np.uint8), layout="HWC", device=device)
         images.append(image)
@@ -157,5 +159,7 @@ class StudyLoader:
 
 
 def _unreadable(root: Path, split: str, error: RuntimeError) -> DataError:
-    reason = next((line.strip() for line in str(error).splitlines() if "rror" not in line and len(line) > 20), "damaged")
+    reason = next(
+        (line.strip() for line in str(error).splitlines() if "rror" not in line and len(line) > 20), "damaged"
+    )
     return DataError(f"{root}: a {split} shard cannot be read ({reason[:200]}). Prepare the data again.")

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -21,6 +21,7 @@ from ..data.tokenizer import tokenize_reports
 from ..errors import DataError
 from ..objectives import Alignment
 from ..recipe import Recipe
+from ..run import replacing
 from ..study import VIEWS, Embeddings, StudyBatch
 from .packing import Packing
 from .towers import load_text, load_vision
@@ -207,7 +208,9 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
                 names[kind] = str(path.relative_to(folder) if path.is_relative_to(folder) else path)
         config = {**names, "recipe": asdict(self.recipe)}
         (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({name: p.detach().contiguous() for name, p in self.trainable().items()}, save_directory / _WEIGHTS)
+        weights = save({name: p.detach().cpu().contiguous() for name, p in self.trainable().items()})
+        with replacing(save_directory / _WEIGHTS) as partial:
+            partial.write_bytes(weights)
 
     @classmethod
     def _from_pretrained(

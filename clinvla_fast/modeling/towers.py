@@ -8,6 +8,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
+from ..errors import DataError
 from .text import TextTower
 from .vision import VisionTower
 
@@ -25,7 +26,7 @@ _TINY_TEXT = {
 }
 
 
-class TowerUnavailable(RuntimeError):
+class TowerUnavailable(DataError):
     """A tower's weights cannot be had, or are of another kind. The message says what to pass."""
 
 

@@ -1,0 +1,205 @@
+"""The main job end to end, small: what it leaves, that it repeats, that it goes on, and what it says of bad input."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clinvla_fast import ClinVLA
+from training.pretrain import main
+
+SMALL = ["--epochs", "3", "--tower-epochs", "1", "--batch-size", "16", "--device", "cpu"]
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "training.pretrain", *arguments]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "first"
+    main([*SMALL, "--patients", "70", "--out", str(out)])
+    return out
+
+
+def error_of(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """The one line that a failing command prints."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*SMALL, *arguments])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_summary(finished_run):
+    summary = json.loads((finished_run / "summary.json").read_text())
+    model = ClinVLA.from_pretrained(finished_run)
+    held_out = json.loads((finished_run / "data" / "manifest.json").read_text())["counts"]["splits"]["test"]
+    for way in ("text_to_image", "image_to_text"):
+        scores = summary["retrieval"][way]
+        assert set(scores) == {"precision@5", "precision@5_chance", "recall@10", "recall@10_chance"}
+        assert scores["recall@10_chance"] == pytest.approx(10 / held_out)
+        assert all(0 <= score <= 1 for score in scores.values())
+    assert summary["params"]["total"] == sum(p.numel() for p in model.parameters())
+    assert summary["params"]["trainable"] == sum(
+        p.numel() for p in load_file(finished_run / "adapters.safetensors").values()
+    )
+    assert summary["flops_per_sample"] > summary["flops_per_training_sample"] / 3 > 0
+    assert summary["seconds"] > 0
+
+
+def test_what_a_run_leaves(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert {"run.json", "config.json", "metrics.jsonl", "curves.png", "tensorboard", "towers", "data"} <= names
+    assert not any(name.startswith(".") or name == "state.pt" for name in names)
+    assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    metrics = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["stage"] for m in metrics] == sorted((m["stage"] for m in metrics), reverse=True)  # towers, then align
+    assert any("image_rank" in m for m in metrics) and any("text_to_image/recall@10" in m for m in metrics)
+
+
+def test_the_same_command_gives_the_same_numbers(finished_run, tmp_path):
+    main([*SMALL, "--patients", "70", "--out", str(tmp_path / "again")])
+    first, again = (json.loads((run / "summary.json").read_text()) for run in (finished_run, tmp_path / "again"))
+    assert first["retrieval"] == again["retrieval"]
+    ours, theirs = (load_file(run / "adapters.safetensors") for run in (finished_run, tmp_path / "again"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("stage", ["towers", "align"])
+def test_interrupted_and_resumed_is_the_same(finished_run, tmp_path, stage):
+    out = tmp_path / "run"
+    arguments = [*SMALL, "--data", str(finished_run / "data"), "--out", str(out)]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=log, stderr=log)
+    deadline = time.monotonic() + 240
+    state = out / "state.pt"
+    while not (state.is_file() and torch.load(state, weights_only=True)["stage"] == stage):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    printed = " ".join((tmp_path / "log").read_text().split())
+    assert "--resume" in printed and "Traceback" not in printed
+    main(["--resume", "--out", str(out), "--device", "cpu"])
+    ours, theirs = (load_file(run / "adapters.safetensors") for run in (finished_run, out))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = ((run / "metrics.jsonl").read_text().splitlines() for run in (finished_run, out))
+    assert ours == theirs
+
+
+def test_resuming_a_finished_run_only_reports(finished_run, capsys):
+    before = (finished_run / "adapters.safetensors").stat().st_mtime_ns
+    main(["--resume", "--out", str(finished_run)])
+    assert "is finished" in capsys.readouterr().out
+    assert (finished_run / "adapters.safetensors").stat().st_mtime_ns == before
+
+
+def test_cosine_objective_runs_and_its_collapse_is_told(finished_run, tmp_path, capsys):
+    out = tmp_path / "run"
+    towers = ["--vision-tower", str(finished_run / "towers/vision"), "--text-tower", str(finished_run / "towers/text")]
+    main(
+        [
+            *SMALL,
+            "--epochs",
+            "30",
+            "--objective",
+            "cosine",
+            "--data",
+            str(finished_run / "data"),
+            *towers,
+            "--out",
+            str(out),
+        ]
+    )
+    assert json.loads((out / "summary.json").read_text())["collapsed"] is True
+    assert "collapse" in capsys.readouterr().out
+    assert not (out / "towers").exists()  # those given were used
+
+
+class TestBadInput:
+    def test_no_such_data(self, tmp_path, capsys):
+        assert "no such directory" in error_of(capsys, "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+    def test_a_folder_that_was_not_prepared(self, tmp_path, capsys):
+        assert "manifest.json" in error_of(capsys, "--data", str(tmp_path), "--out", str(tmp_path / "run"))
+
+    @pytest.mark.parametrize("size", [0, 10240])
+    def test_an_empty_shard(self, finished_run, tmp_path, capsys, size):
+        data = shutil.copytree(finished_run / "data", tmp_path / "data")
+        (data / "train-000000.tar").write_bytes(bytes(size))
+        message = error_of(capsys, "--data", str(data), "--out", str(tmp_path / "run"))
+        assert str(data) in message and "train" in message
+
+    def test_a_damaged_image_in_a_shard(self, finished_run, tmp_path, capsys):
+        data = shutil.copytree(finished_run / "data", tmp_path / "data")
+        tar = data / "train-000000.tar"
+        content = bytearray(tar.read_bytes())
+        start = content.index(b"\xff\xd8\xff")
+        content[start : start + 400] = bytes(400)
+        tar.write_bytes(content)
+        message = error_of(capsys, "--data", str(data), "--out", str(tmp_path / "run"))
+        assert str(data) in message and "phantom-" not in message
+
+    def test_unknown_preset(self):
+        done = subprocess.run(command("--preset", "huge"), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "tiny" in done.stderr and "base" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_base_towers_absent_and_offline(self, finished_run, tmp_path):
+        arguments = command("--preset", "base", "--data", str(finished_run / "data"), "--out", str(tmp_path / "run"))
+        offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=offline)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+        assert "--vision-tower" in done.stderr
+
+    def test_a_text_tower_that_is_none(self, finished_run, tmp_path, capsys):
+        towers = ["--vision-tower", str(finished_run / "towers/vision"), "--text-tower", str(tmp_path)]
+        arguments = ["--preset", "base", "--data", str(finished_run / "data"), "--out", str(tmp_path / "run"), *towers]
+        assert "--text-tower" in error_of(capsys, *arguments)
+
+    def test_an_output_that_is_taken(self, tmp_path, capsys):
+        (tmp_path / "letter").write_text("dear")
+        assert "not empty" in error_of(capsys, "--out", str(tmp_path))
+        assert [p.name for p in tmp_path.iterdir()] == ["letter"]
+
+    def test_an_output_that_cannot_be_written(self, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        assert str(tmp_path / "file") in error_of(capsys, "--out", str(tmp_path / "file" / "run"))
+
+    def test_a_full_disk(self, finished_run, tmp_path):
+        def small_files():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+        arguments = command(*SMALL, "--data", str(finished_run / "data"), "--out", str(tmp_path / "run"))
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, preexec_fn=small_files)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+        assert not [p for p in (tmp_path / "run").rglob("*") if p.name.startswith(".") or p.name == "state.pt"]
+
+    def test_nothing_to_resume(self, tmp_path, capsys):
+        assert "no run to resume" in error_of(capsys, "--resume", "--out", str(tmp_path))
+
+    def test_a_damaged_state(self, finished_run, tmp_path, capsys):
+        run = shutil.copytree(finished_run, tmp_path / "run")
+        (run / "summary.json").unlink()
+        (run / "state.pt").write_bytes(b"not a state")
+        assert "state.pt is damaged" in error_of(capsys, "--resume", "--out", str(run))
+
+    def test_too_few_studies(self, finished_run, tmp_path, capsys):
+        data = ["--data", str(finished_run / "data"), "--batch-size", "5000"]
+        assert "at least one batch" in error_of(capsys, *data, "--out", str(tmp_path / "run"))
