@@ -18,7 +18,7 @@ class Alignment(nn.Module):
     """L = L_global + local_weight * L_local (ClinVLA, section 3.4), in one of two forms.
 
     contrastive: symmetric InfoNCE on the global embeddings; symmetric cross-entropy of the local alignment logits.
-        One learnable scale for the former, three for the latter, which start where the recipe says and are capped at 100.
+        One learnable scale for the former, three for the latter; the recipe says where they start, 100 is their cap.
     cosine: the formulas as printed, 1 - cos of matched pairs, over studies and over the words of a study. They have
         no negatives: a constant embedding minimises them, so watch `collapse`.
     """

@@ -25,7 +25,7 @@ from .errors import DataError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or folder to; it takes `path`'s place at the end, or vanishes on an error."""
+    """A path beside `path` for a new file or folder; it takes `path`'s place at the end, or vanishes on an error."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial

@@ -8,10 +8,10 @@ For image i with patch features C [N, D] and report j with word features W [T, D
     s    = log sum_t exp(tau2 * cos(W[t], c_t))
     logit(i, j) = tau3 * s(i, j)
 
-Two identities save work: cos does not see the length of c_t, so A needs no denominator; and W[t] . c_t is the sum over n
-of A[n, t] S[n, t], so the products of S serve twice. The reference takes images and reports by length, in blocks small
-enough for a CPU's cache and cut to the longest of each, and recomputes a block in the backward pass: little padding is
-computed, and what is held does not grow with the batch.
+Two identities save work: cos does not see the length of c_t, so A needs no denominator; and W[t] . c_t is the sum over
+n of A[n, t] S[n, t], so the products of S serve twice. The reference takes images and reports by length, in blocks
+small enough for a CPU's cache and cut to the longest of each, and recomputes a block in the backward pass: little
+padding is computed, and what is held does not grow with the batch.
 """
 
 import math

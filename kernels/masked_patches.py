@@ -27,7 +27,7 @@ def draw_kept_patches(views: int, patches: int, keep: int, seed: int, device: to
 
 
 def fold_normalisation(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """Patch weights [D, C, p, p] and bias [D] for normalised C-channel input, as [D, p*p] and [D] for uint8 gray - 128."""
+    """Patch weights [D, C, p, p] and bias [D] for normalised C-channel input, as [D, p*p] and [D] for gray - 128."""
     scaled = weight.flatten(2) / std.view(1, -1, 1)
     return scaled.sum(1) / 255, bias + (scaled.sum(2) * (_CENTRE / 255 - mean)).sum(1)
 

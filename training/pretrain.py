@@ -59,7 +59,7 @@ class Pretrain:
     out: Path | None = None
     """The run's folder. Default: the next free number under runs/."""
     preset: PresetName = "tiny"
-    """tiny: small towers, made here. base: ViT-B/16 (MAE) and BioBERT, from their hubs or --vision-tower, --text-tower."""
+    """tiny: small towers, made here. base: ViT-B/16 (MAE) and BioBERT, from their hubs, or those given below."""
     objective: Objective = "contrastive"
     """contrastive: InfoNCE and local alignment. cosine: the paper's formulas as printed, which have no negatives."""
     vision_tower: str | None = None
@@ -293,9 +293,8 @@ class Job:
                 )
                 table.add_row(f"{way.replace('_', ' ')} {name}", *cells)
         console.print(table)
-        console.print(
-            f"{summary['seconds']:.0f} s. In {self.out}: summary.json, metrics.jsonl, curves.png, tensorboard/ and the model:"
-        )
+        files = "summary.json, metrics.jsonl, curves.png, tensorboard/ and the model"
+        console.print(f"{summary['seconds']:.0f} s. In {self.out}: {files}:", soft_wrap=True)
         console.print(f'    from clinvla_fast import ClinVLA; ClinVLA.from_pretrained("{self.out}")', soft_wrap=True)
 
 

@@ -55,7 +55,7 @@ def _plain(image, size: int):
 
 
 def _augmented(image, size: int):
-    """What a film may do by itself: a small turn, shift and zoom, another exposure. Never a flip: it moves the heart."""
+    """What a film may do by itself: a small turn, shift, zoom, another exposure. Never a flip: it moves the heart."""
     uniform = fn.random.uniform
     stored = image.shape()
     height, width = fn.cast(stored[0], dtype=types.FLOAT), fn.cast(stored[1], dtype=types.FLOAT)
@@ -154,7 +154,7 @@ class StudyLoader:
         )
 
     def checkpoint(self) -> str:
-        """Where the loader stands and its random state, for `checkpoint=`: the batches that follow come out the same."""
+        """Where the loader stands, for `checkpoint=`: the batches that follow, and their augmentation, are the same."""
         return self._batches.checkpoints()[0]
 
 

@@ -1,16 +1,17 @@
 """Masked modelling of both modalities: how small towers are made, and a probe of what adapters leave intact.
 
 Images: masked autoencoding (He et al. 2022): encode the kept patches, decode all, compare the masked ones with their
-pixels normalised a patch. Words: BERT's masked words. Both heads also see the CLS token, so that it has something to learn:
-ClinVLA's global embeddings are read from it. Where a tower has an invertible adapter, the heads read the
-inverse of its output (ClinVLA, section 3.1.1): they live in the space that the tower was trained in.
+pixels normalised a patch. Words: BERT's masked words. ClinVLA's global embeddings are read from the CLS tokens, which
+neither method trains, so here they have work too: the image's must tell a thumbnail of the whole view, the report's
+helps with every masked word. Where a tower has an invertible adapter, the heads read the inverse of its output (ClinVLA,
+section 3.1.1): they live in the space that the tower was trained in.
 """
 
 import torch
 from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import avg_pool2d, cross_entropy
 
 from ..kernels.masked_patches import to_patches
 from .packing import Packing
@@ -60,21 +61,26 @@ class MaskedModeling(nn.Module):
         super().__init__()
         self.vision, self.text, self.mask_token = vision, text, mask_token
         self.decoder = ImageDecoder(vision.width, vision.patches, vision.patch_size**2)
+        self.thumbnail = nn.Linear(vision.width, 4 * vision.patches)  # two by two pixels a patch
         self.words = WordHead(text.width, text.word_embeddings.num_embeddings)
 
     def image_loss(self, images: Tensor, present: Tensor, kept: Tensor) -> Tensor:
-        """Mean squared error of the masked patches of present views, their pixels normalised a patch.
+        """Mean squared error of the masked patches, their pixels normalised a patch, plus that of the thumbnail.
 
         Args: as VisionTower; `kept` leaves at least one patch out.
         """
         tokens = self.vision(images, present, kept)
         if self.vision.invertible is not None:
             tokens = self.vision.invertible.inverse(tokens)
-        target = to_patches(images[present], self.vision.patch_size).flatten(-2).flatten(1, 2).float()
+        views, patch = images[present].float(), self.vision.patch_size
+        small = avg_pool2d(views, patch // 2).flatten(1)
+        thumbnail = (self.thumbnail(tokens[:, 0]) - (small - 128) / 64).square().mean()
+        target = to_patches(views, patch).flatten(-2).flatten(1, 2)
+        # + 100: the film's noise, a few gray levels, is not worth predicting
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 100).sqrt()
         error = (self.decoder(tokens, kept) - target).square().mean(-1)
         masked = torch.ones_like(error).scatter(1, kept, 0.0)
-        return (error * masked).sum() / masked.sum()
+        return (error * masked).sum() / masked.sum() + thumbnail
 
     def word_loss(self, tokens: Tensor, packing: Packing, masked: Tensor) -> Tensor:
         """Cross-entropy of the words at `masked`, int64 [m], indices into the packed tokens [total]."""

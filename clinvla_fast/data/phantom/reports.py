@@ -23,7 +23,6 @@ _PHRASES = {
     "cardiomegaly": (
         "{much} cardiomegaly",
         "{much} enlargement of the cardiac silhouette",
-        "{much} CM",
         "{much} cardiac enlargement",
     ),
     "pleural effusion": (
