@@ -12,7 +12,7 @@ PresetName = Literal["tiny", "base"]
 class TowerTraining:
     """How towers that are made here learn by masked modelling before they are frozen."""
 
-    epochs: int = 12
+    epochs: int = 16
     batch_size: int = 32
     lr: float = 3e-3
     weight_decay: float = 0.05
@@ -36,7 +36,7 @@ PRESETS: dict[str, Preset] = {
     # and its scales start low: from 1/0.07 the first loss is far above chance, and its gradient collapses the
     # embeddings for the first hundred steps.
     "tiny": Preset(
-        Recipe(width=64, epochs=28, batch_size=32, language_lr=1e-3, task_lr=1.5e-3, scales=(5.0, 4.0, 5.0, 1.5)),
+        Recipe(width=64, epochs=36, batch_size=32, language_lr=1e-3, task_lr=1.5e-3, scales=(5.0, 4.0, 5.0, 1.5)),
         vision=None,
         text=None,
         towers=TowerTraining(),

@@ -1,20 +1,33 @@
 """Reports as packed word pieces."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
-from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 from .reports import truncate_sentences
 
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
 
 def train_tokenizer(reports: Iterable[str], vocabulary: int = 2000) -> PreTrainedTokenizerFast:
-    """A lower-case BERT word-piece tokenizer of at most `vocabulary` pieces, made from `reports`."""
-    pieces = BertWordPieceTokenizer(lowercase=True)
-    pieces.train_from_iterator(reports, vocab_size=vocabulary, min_frequency=2, show_progress=False)
-    return BertTokenizerFast(tokenizer_object=pieces._tokenizer, do_lower_case=True)
+    """A lower-case BERT word-piece tokenizer of at most `vocabulary` pieces, made from `reports`.
+
+    Its pieces are the words that occur more than once, the most frequent first, and single characters for the rest.
+    (tokenizers' own trainer breaks ties at random, so that two runs would differ.)
+    """
+    blank = BertTokenizerFast(vocab={token: i for i, token in enumerate(_SPECIAL)}, do_lower_case=True)
+    parts = blank.backend_tokenizer.normalizer, blank.backend_tokenizer.pre_tokenizer
+    words: Counter[str] = Counter()
+    for report in reports:
+        words.update(word for word, _ in parts[1].pre_tokenize_str(parts[0].normalize_str(report)))
+    characters = sorted({character for word in words for character in word})
+    pieces = [*_SPECIAL, *characters, *(f"##{character}" for character in characters)]
+    ordered = sorted((word for word, count in words.items() if count > 1), key=lambda word: (-words[word], word))
+    pieces = list(dict.fromkeys(pieces + ordered))[: max(vocabulary, len(pieces))]
+    return BertTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)}, do_lower_case=True)
 
 
 def tokenize_reports(
