@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from clinvla_fast import ClinVLA, Recipe, StudyBatch, ops
 from clinvla_fast.data.tokenizer import train_tokenizer
 from clinvla_fast.modeling.towers import make_tiny_text, make_tiny_vision, save_text, save_vision
+from training.pretrain import main as pretrain
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
@@ -87,3 +88,12 @@ def make_batch() -> Callable[..., StudyBatch]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small finished run of the main job, as tests/training/test_pretrain.py repeats it."""
+    out = tmp_path_factory.mktemp("run") / "first"
+    sizes = ["--patients", "70", "--epochs", "3", "--tower-epochs", "1", "--batch-size", "16"]
+    pretrain([*sizes, "--device", "cpu", "--out", str(out)])
+    return out

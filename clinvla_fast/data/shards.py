@@ -202,20 +202,38 @@ def shard_paths(root: Path, split: str) -> list[Path]:
 
 
 def read_studies(root: Path, split: str, *, images: bool = True) -> Iterator[Study]:
-    """The studies of one split in their stored order; without their pixels where `images` is false."""
+    """The studies of one split in their stored order; without their pixels where `images` is false.
+
+    Raises:
+        DataError: as `shard_paths`, or once a shard turns out to be damaged or to lack studies.
+    """
+    paths = shard_paths(root, split)
+    missing = sum(shard["studies"] for shard in read_manifest(root)["shards"] if Path(root) / shard["file"] in paths)
     # Every process reads every study: webdataset's defaults refuse to under torchrun, split them between a DataLoader's
     # workers, and draw a seed from Python's global generator.
-    shards = webdataset.WebDataset(
-        [str(p) for p in shard_paths(root, split)], shardshuffle=False, nodesplitter=None, workersplitter=None, seed=0
-    )
-    for sample in shards:
-        meta = json.loads(sample["json"])
-        views = [v for v in VIEWS if images and f"{v}.jpg" in sample]
-        yield Study(
-            study_id=meta["study_id"],
-            patient_id=meta["patient_id"],
-            split=split,
-            report=meta["report"],
-            labels=tuple(meta["labels"]),
-            images={view: np.asarray(Image.open(io.BytesIO(sample[f"{view}.jpg"]))) for view in views},
+    here = {"nodesplitter": None, "workersplitter": None, "seed": 0, "empty_check": False}
+    try:
+        for sample in webdataset.WebDataset([str(path) for path in paths], shardshuffle=False, **here):
+            yield _study(sample, split, images)
+            missing -= 1
+    except (OSError, ValueError, KeyError, tarfile.TarError) as error:
+        raise DataError(
+            f"{root}: a {split} shard is damaged ({type(error).__name__}): prepare the data again."
+        ) from None
+    if missing:
+        raise DataError(
+            f"{root}: the {split} shards lack {missing} of the studies in the manifest: prepare them again."
         )
+
+
+def _study(sample: dict, split: str, images: bool) -> Study:
+    meta = json.loads(sample["json"])
+    views = [view for view in VIEWS if images and f"{view}.jpg" in sample]
+    return Study(
+        study_id=meta["study_id"],
+        patient_id=meta["patient_id"],
+        split=split,
+        report=meta["report"],
+        labels=tuple(meta["labels"]),
+        images={view: np.asarray(Image.open(io.BytesIO(sample[f"{view}.jpg"]))) for view in views},
+    )

@@ -3,8 +3,8 @@
 Images: masked autoencoding (He et al. 2022): encode the kept patches, decode all, compare the masked ones with their
 pixels normalised a patch. Words: BERT's masked words. ClinVLA's global embeddings are read from the CLS tokens, which
 neither method trains, so here they have work too: the image's must tell a thumbnail of the whole view, the report's
-helps with every masked word. Where a tower has an invertible adapter, the heads read the inverse of its output (ClinVLA,
-section 3.1.1): they live in the space that the tower was trained in.
+helps with every masked word. Where a tower has an invertible adapter, the heads read the inverse of its output
+(ClinVLA, section 3.1.1): they live in the space that the tower was trained in.
 """
 
 import torch

@@ -25,13 +25,6 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "training.pretrain", *arguments]
 
 
-@pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "first"
-    main([*SMALL, "--patients", "70", "--out", str(out)])
-    return out
-
-
 def error_of(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     """The one line that a failing command prints."""
     with pytest.raises(SystemExit) as stopped:
