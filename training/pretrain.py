@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 import tyro
@@ -87,6 +88,7 @@ class Pretrain:
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     settings = tyro.cli(Pretrain, prog="python -m training.pretrain", description=__doc__, args=args)
+    huggingface_hub.utils.logging.set_verbosity_error()  # a tower that cannot be had gets one error, from us
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime", on a machine without
