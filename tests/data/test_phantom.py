@@ -260,7 +260,7 @@ def test_ids_are_unique_and_in_order(truths):
 
 def test_classes_are_balanced(truths):
     every = [t for patient in truths for t in patient]
-    assert 1.6 < len(every) / len(truths) < 1.8
+    assert 1.3 < len(every) / len(truths) < 1.45
     primary = Counter(t.labels[0] for t in every)
     assert set(primary) == set(FINDINGS)
     assert all(0.08 < n / len(every) < 0.145 for n in primary.values())
