@@ -1,8 +1,8 @@
 """Which implementation of an operation runs.
 
     reference   plain PyTorch, on any device
-    triton      fused Triton kernels; raises where there is none
-    auto        the fused kernel where there is one and the tensors are on a GPU, the reference elsewhere
+    triton      fused Triton kernels; raises where the tensors are not on a GPU
+    auto        the fused kernel where the tensors are on a GPU and it takes them (float64 never), else the reference
 
 `CLINVLA_BACKEND` sets it for a process, `use` for a block of code. An explicit choice never falls back.
 """
@@ -12,11 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
+from .kernels.launch import INTERPRETED
+
 BACKENDS = ("reference", "triton", "auto")
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend asked for has no implementation of an operation."""
+    """The backend asked for cannot run an operation where its tensors are."""
 
 
 def _checked(name: str) -> str:
@@ -39,16 +44,25 @@ def use(name: str) -> Iterator[None]:
         _current = previous
 
 
-def implementation(operation: ModuleType, on_gpu: bool) -> Callable:
-    """The function of a kernels/ module that the current backend asks for.
+def implementation(operation: ModuleType, tensor: Tensor, form: str = "") -> Callable:
+    """The function of a kernels/ module that the current backend asks for, to be given this tensor.
+
+    Args:
+        form: where a module has several, the one it calls `reference_<form>` and `triton_<form>`.
 
     Raises:
-        BackendUnavailable: `triton` was asked for and the module has no such kernel.
+        BackendUnavailable: `triton` was asked for and cannot run where the tensor is.
     """
-    fused = getattr(operation, "triton", None)
-    if _current == "triton" and fused is None:
+    suffix = f"_{form}" if form else ""
+    if _current == "reference":
+        return getattr(operation, f"reference{suffix}")
+    if _current == "triton" and not (tensor.is_cuda or INTERPRETED):
         name = operation.__name__.rpartition(".")[2]
-        raise BackendUnavailable(f"{name} has no Triton kernel in this version: use the reference or auto backend.")
-    if fused is None or _current == "reference" or (_current == "auto" and not on_gpu):
-        return operation.reference
-    return fused
+        raise BackendUnavailable(
+            f"the Triton kernel of {name} runs on a GPU and its tensors are on {tensor.device.type}: move them, "
+            "or use the reference or auto backend."
+        )
+    supported = getattr(operation, "supports", lambda tensor: tensor.dtype != torch.float64)
+    if _current == "triton" or (tensor.is_cuda and supported(tensor)):
+        return getattr(operation, f"triton{suffix}")
+    return getattr(operation, f"reference{suffix}")

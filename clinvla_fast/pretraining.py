@@ -146,9 +146,8 @@ def make_towers(
 
     def losses(batch: StudyBatch, step: int) -> dict[str, Tensor]:
         draw = _step_seed(seed, step)
-        views, patches = int(batch.present.sum()), model.vision.patches
-        keep = round(settings.keep * patches)
-        kept = ops.draw_kept_patches(views, patches, keep, draw, batch.images.device)
+        patches = model.vision.patches
+        kept, _ = ops.draw_kept_patches(batch.present, patches, round(settings.keep * patches), draw)
         image = model.image_loss(batch.images, batch.present, kept)
         packing = Packing.of(batch.lengths, batch.tokens.device)
         word = model.word_loss(batch.tokens, packing, draw_masked_words(packing, settings.masked_words, draw))

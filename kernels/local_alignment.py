@@ -9,19 +9,62 @@ For image i with patch features C [N, D] and report j with word features W [T, D
     logit(i, j) = tau3 * s(i, j)
 
 Two identities save work: cos does not see the length of c_t, so A needs no denominator; and W[t] . c_t is the sum over
-n of A[n, t] S[n, t], so the products of S serve twice. The reference takes images and reports by length, in blocks
-small enough for a CPU's cache and cut to the longest of each, and recomputes a block in the backward pass: little
-padding is computed, and what is held does not grow with the batch.
+n of A[n, t] S[n, t], so the products of S serve twice.
+
+Reference: images and reports by length, in blocks small enough for a CPU's cache and cut to the longest of each; a
+block is recomputed in the backward pass. Little padding is computed, and what is held does not grow with the batch.
+
+Kernels: a program holds a tile of a report's words and streams an image's patches past it, as attention streams keys
+past queries; S exists a tile at a time. The softmax over the words lies inside a tile (when there are more words than
+a tile holds, its log-sum-exp is found first), the one over the patches is carried along. The backward pass needs the
+scores s and nothing else: it rebuilds the contexts, and from d c_t
+
+    d S = P * (d P - sum_t P * d P),   P = softmax_t(S),   d P = tau1 * E * (C d c^T),   E = exp(tau1 P - max_n)
+    d C = E d c + d S W,   d W = d S^T C + d cos_t / d W
+
+with no term for A's denominator, which cos does not see either. A program adds to sums that are its own, and the sums
+of all programs are added up afterwards: no atomics, the same bits every time.
+
+Rounding: two chained softmaxes amplify it, so all is held to fp32 limits, bf16 features too. Their products are exact
+in fp32; where the other operand is computed (E, d c, d S), it goes through the tensor cores in two bf16 terms.
 """
 
 import math
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import register_flop_formula
+from triton import cdiv, jit, next_power_of_2
+
+from .launch import INTERPRETED, launch, summed_in
+from .traffic import nbytes, register_byte_formula
 
 _BLOCK_ELEMENTS = 1 << 19
 _NO_RANDOM = {"preserve_rng_state": False}
+_WIDEST = 128
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores and gradients: float32, and float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor) -> None:
+    """Raise ValueError unless features and masks fit each other."""
+    if image.ndim != 3 or text.ndim != 3 or image.shape[-1] != text.shape[-1]:
+        raise ValueError(
+            f"image and text are {tuple(image.shape)} and {tuple(text.shape)}, {image.shape[-1]} and {text.shape[-1]} "
+            "wide: expected [I, N, D] and [J, T, D]."
+        )
+    for name, mask, features in (("image_mask", image_mask, image), ("text_mask", text_mask, text)):
+        if mask.shape != features.shape[:2] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"{name} is {tuple(mask.shape)}: expected {tuple(features.shape[:2])} of bool, got {mask.dtype}."
+            )
+    if image.dtype != text.dtype:
+        raise ValueError(f"image is {image.dtype} and text {text.dtype}: expected one dtype.")
 
 
 def word_attention(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor | float) -> Tensor:
@@ -68,6 +111,9 @@ def reference(
     tau2: Tensor,
     tau3: Tensor,
 ) -> Tensor:
+    image, text, tau1, tau2, tau3 = (x.to(_real(image.dtype)) for x in (image, text, tau1, tau2, tau3))
+    if not len(image) or not len(text):
+        return tau3 * image.new_zeros(len(image), len(text))
     side = max(1, math.isqrt(_BLOCK_ELEMENTS // max(1, image.shape[1] * text.shape[1])))
     images, image_order = _blocks(image, image_mask, side)
     reports, report_order = _blocks(text, text_mask, side)
@@ -76,3 +122,492 @@ def reference(
         for i in images
     ]
     return tau3 * torch.cat(rows)[image_order][:, report_order]
+
+
+# Triton. Names: words are the rows of a tile, patches its columns.
+
+
+@jit
+def _split(x, ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr):
+    """x as a sum of two operands of a matrix product; the second is 0 where the first is exact."""
+    high = x.to(ROUNDED)
+    return high.to(MULTIPLIED), (x - high.to(x.dtype)).to(ROUNDED).to(MULTIPLIED)
+
+
+@jit
+def _multiply(a, b, total, ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr):
+    """total + a b, where only b is exact in the operands' type."""
+    high, low = _split(a, ROUNDED, MULTIPLIED)
+    total = tl.dot(high, b, total, out_dtype=total.dtype)
+    if total.dtype != ROUNDED:
+        total = tl.dot(low, b, total, out_dtype=total.dtype)
+    return total
+
+
+@jit
+def _add_product(a, b, total):
+    """total + a^T b for operands of a matrix product."""
+    return tl.dot(tl.trans(a), b, total, out_dtype=total.dtype)
+
+
+@jit
+def _tile(base, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Addresses of a whole tile among whole tiles."""
+    return base + index * (ROWS * COLUMNS) + (tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+
+
+@jit
+def _load(features, mask, row, start, length, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, MULTIPLIED: tl.constexpr):
+    """Features [ROWS, WIDTH] of one image or report from `start` on, zero where there are none; and which are real."""
+    rows, columns = start + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    real = tl.load(mask + row * length + rows, mask=rows < length, other=0) != 0
+    address = features + row * length * width + (rows[:, None] * width + columns[None, :])
+    found = tl.load(address, mask=real[:, None] & (columns < width)[None, :], other=0.0)
+    return found.to(MULTIPLIED), real
+
+
+@jit
+def _lengths(w, SUMMED: tl.constexpr):
+    w = w.to(SUMMED)
+    return tl.sqrt(tl.sum(w * w, 1))
+
+
+@jit
+def _over_words(products, real_word, normaliser, ONE_TILE: tl.constexpr):
+    """Each patch's softmax over the words of [words, patches]; where they are several tiles, from its log-sum-exp."""
+    products = tl.where(real_word[:, None], products, float("-inf"))
+    if ONE_TILE:
+        share = tl.exp(products - tl.max(products, 0)[None, :])
+        share = share / tl.sum(share, 0)[None, :]
+    else:
+        share = tl.exp(products - normaliser[None, :])
+    return share
+
+
+@jit
+def _normalise(
+    normalisers, image, image_mask, text, text_mask, i, j, patches, words, width,
+    PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, MULTIPLIED: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """Store each patch's log-sum-exp over all words: [patches]."""
+    for start in range(0, patches, PATCHES):
+        c, _ = _load(image, image_mask, i, start, patches, width, PATCHES, WIDTH, MULTIPLIED)
+        top = tl.full((PATCHES,), float("-inf"), SUMMED)
+        total = tl.zeros((PATCHES,), SUMMED)
+        for t in range(0, words, WORDS):
+            w, real_word = _load(text, text_mask, j, t, words, width, WORDS, WIDTH, MULTIPLIED)
+            products = tl.dot(w, tl.trans(c), out_dtype=SUMMED)
+            products = tl.where(real_word[:, None], products, float("-inf"))
+            higher = tl.maximum(top, tl.max(products, 0))
+            finite = tl.where(higher == float("-inf"), 0.0, higher)  # no real word yet
+            total = total * tl.exp(top - finite) + tl.sum(tl.exp(products - finite[None, :]), 0)
+            top = higher
+        n = start + tl.arange(0, PATCHES)
+        tl.store(normalisers + n, top + tl.log(total), mask=n < patches)
+    tl.debug_barrier()  # read again by other threads of the program
+
+
+@jit
+def _contexts(
+    w, length, real_word, normalisers, image, image_mask, i, tau1, patches, width,
+    PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
+    ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of words in one image: c_t times A's denominator, its cosine with W[t], 1 / |W||c|, |c|, max_n."""
+    top = tl.full((WORDS,), float("-inf"), SUMMED)
+    along = tl.zeros((WORDS,), SUMMED)
+    context = tl.zeros((WORDS, WIDTH), SUMMED)
+    for start in range(0, patches, PATCHES):
+        c, real_patch = _load(image, image_mask, i, start, patches, width, PATCHES, WIDTH, MULTIPLIED)
+        products = tl.dot(w, tl.trans(c), out_dtype=SUMMED)
+        normaliser = _normaliser(normalisers, start, patches, PATCHES, ONE_TILE)
+        share = _over_words(products, real_word, normaliser, ONE_TILE)
+        logits = tl.where(real_patch[None, :], tau1 * share, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)  # no real patch yet
+        weights = tl.exp(logits - finite[:, None])
+        fade = tl.exp(top - finite)
+        context = _multiply(weights, c, context * fade[:, None], ROUNDED, MULTIPLIED)
+        along = along * fade + tl.sum(weights * products, 1)
+        top = higher
+    size = tl.sqrt(tl.sum(context * context, 1))
+    inverse = tl.where(length * size > 0, 1 / (length * size), 0.0)
+    return context, along * inverse, inverse, size, top
+
+
+@jit
+def _normaliser(normalisers, start, patches, PATCHES: tl.constexpr, ONE_TILE: tl.constexpr):
+    n = start + tl.arange(0, PATCHES)
+    if ONE_TILE:
+        return n  # not needed
+    else:
+        return tl.load(normalisers + n, mask=n < patches, other=0.0)
+
+
+@jit
+def _forward(
+    image, image_mask, text, text_mask, tau1, tau2, scores, normalisers, images, reports, patches, words, width,
+    IMAGES: tl.constexpr, PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
+    ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """s of one report in IMAGES images; a tile of its words stays while the images pass."""
+    tau1, tau2 = tl.load(tau1), tl.load(tau2)
+    j = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * IMAGES
+    last = tl.minimum(first + IMAGES, images)
+    normalisers += (first * reports + j * IMAGES) * patches
+    if not ONE_TILE:
+        for i in range(first, last):
+            _normalise(
+                normalisers + (i - first) * patches, image, image_mask, text, text_mask, i, j, patches, words, width,
+                PATCHES, WORDS, WIDTH, MULTIPLIED, SUMMED,
+            )  # fmt: skip
+    for t in range(0, words, WORDS):
+        w, real_word = _load(text, text_mask, j, t, words, width, WORDS, WIDTH, MULTIPLIED)
+        length = _lengths(w, SUMMED)
+        for i in range(first, last):
+            _, cosine, _, _, _ = _contexts(
+                w, length, real_word, normalisers + (i - first) * patches, image, image_mask, i, tau1, patches, width,
+                PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, MULTIPLIED, SUMMED,
+            )  # fmt: skip
+            logits = tl.where(real_word, tau2 * cosine, float("-inf"))
+            top = tl.max(logits, 0)
+            score = scores + i * reports + j
+            if not ONE_TILE:
+                earlier = tl.load(score, mask=t > 0, other=float("-inf"))
+                top = tl.maximum(top, earlier)
+            finite = tl.where(top == float("-inf"), 0.0, top)
+            total = tl.sum(tl.exp(logits - finite), 0)
+            if not ONE_TILE:
+                total += tl.exp(earlier - finite)
+            tl.store(score, finite + tl.log(total))
+            if not ONE_TILE:
+                tl.debug_barrier()
+
+
+@jit
+def _context_gradients(cosine, inverse, size, real_word, tau2, score):
+    """d s by c_t is along * W[t] - across * c_t; by W[t], through the cosine, along * c_t - beside * W[t]; by tau2."""
+    share = tl.where(real_word, tl.exp(tau2 * cosine - score), 0.0)
+    along = tau2 * share * inverse
+    across = tau2 * share * cosine
+    beside = across * inverse * inverse * size * size  # across / |W|^2
+    across = tl.where(size > 0, across / (size * size), 0.0)
+    return along, across, beside, tl.sum(share * cosine, 0)
+
+
+@jit
+def _patch_gradients(
+    w, real_word, c, real_patch, high, low, along, across, top, tau1, normaliser,
+    ONE_TILE: tl.constexpr, ROUNDED: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """For a tile of words and patches: P, E, and d s by log E. The contexts come as operands of a product."""
+    products = tl.dot(w, tl.trans(c), out_dtype=SUMMED)
+    share = _over_words(products, real_word, normaliser, ONE_TILE)
+    weights = tl.where(real_patch[None, :], tl.exp(tau1 * share - top[:, None]), 0.0)
+    shown = tl.dot(high, tl.trans(c), out_dtype=SUMMED)
+    if ROUNDED != SUMMED:
+        shown = tl.dot(low, tl.trans(c), shown, out_dtype=SUMMED)
+    return share, weights, weights * (along[:, None] * products - across[:, None] * shown)
+
+
+@jit
+def _window(first_image, first_report, images, patches, IMAGES: tl.constexpr):
+    """The part of a window of pairs that a program has: its report, its images, its number among all programs."""
+    block, column = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first = first_image + block * IMAGES
+    return first_report + column, first, tl.minimum(first + IMAGES, images), column * tl.num_programs(0) + block
+
+
+@jit
+def _normalisers(
+    image, image_mask, text, text_mask, normalisers, first_image, first_report, images, patches, words, width,
+    IMAGES: tl.constexpr, PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
+    ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """Each patch's log-sum-exp over all words, for a window of pairs: [programs, IMAGES, N]."""
+    j, first, last, program = _window(first_image, first_report, images, patches, IMAGES)
+    for i in range(first, last):
+        _normalise(
+            normalisers + (program * IMAGES + i - first) * patches, image, image_mask, text, text_mask, i, j, patches,
+            words, width, PATCHES, WORDS, WIDTH, MULTIPLIED, SUMMED,
+        )  # fmt: skip
+
+
+@jit
+def _inners(
+    image, image_mask, text, text_mask, tau1, tau2, scores, normalisers, inners, first_image, first_report, t,
+    images, reports, patches, words, width,
+    IMAGES: tl.constexpr, PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
+    ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """sum_t P d log E, what the backward pass of a softmax over words takes off, one tile of words after the other."""
+    tau1, tau2 = tl.load(tau1), tl.load(tau2)
+    j, first, last, program = _window(first_image, first_report, images, patches, IMAGES)
+    w, real_word = _load(text, text_mask, j, t, words, width, WORDS, WIDTH, MULTIPLIED)
+    length = _lengths(w, SUMMED)
+    for i in range(first, last):
+        slot = (program * IMAGES + i - first) * patches
+        context, cosine, inverse, size, top = _contexts(
+            w, length, real_word, normalisers + slot, image, image_mask, i, tau1, patches, width,
+            PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, MULTIPLIED, SUMMED,
+        )  # fmt: skip
+        score = tl.load(scores + i * reports + j)
+        along, across, _beside, _by_tau2 = _context_gradients(cosine, inverse, size, real_word, tau2, score)
+        high, low = _split(context, ROUNDED, MULTIPLIED)
+        for start in range(0, patches, PATCHES):
+            n = start + tl.arange(0, PATCHES)
+            c, real_patch = _load(image, image_mask, i, start, patches, width, PATCHES, WIDTH, MULTIPLIED)
+            share, _weights, d_logits = _patch_gradients(
+                w, real_word, c, real_patch, high, low, along, across, top, tau1,
+                _normaliser(normalisers + slot, start, patches, PATCHES, ONE_TILE), ONE_TILE, ROUNDED, SUMMED,
+            )  # fmt: skip
+            inner = tl.load(inners + slot + n, mask=n < patches, other=0.0)
+            tl.store(inners + slot + n, inner + tl.sum(share * d_logits, 0), mask=n < patches)
+
+
+@jit
+def _backward(
+    image, image_mask, text, text_mask, tau1, tau2, scores, grad, normalisers, inners,
+    d_image, d_text, d_length, d_taus, first_image, first_report, t, images, reports, patches, words, width,
+    IMAGES: tl.constexpr, PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
+    ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of IMAGES images and a tile of one report's words.
+
+    In whole tiles: d_image [programs, IMAGES, tiles, WIDTH, PATCHES], d_text [blocks, J, tiles, WORDS, WIDTH], to which
+    -d_length [blocks, J, tiles, WORDS] times the words is due, and d_taus [programs, 2]. All are added to.
+    """
+    tau1, tau2 = tl.load(tau1), tl.load(tau2)
+    j, first, last, program = _window(first_image, first_report, images, patches, IMAGES)
+    w, real_word = _load(text, text_mask, j, t, words, width, WORDS, WIDTH, MULTIPLIED)
+    length = _lengths(w, SUMMED)
+    d_words = tl.zeros((WORDS, WIDTH), SUMMED)
+    shorter = tl.zeros((WORDS,), SUMMED)
+    d_tau1 = tl.zeros((PATCHES,), SUMMED)
+    d_tau2 = tl.zeros((1,), SUMMED)
+    for i in tl.range(first, last, disable_licm=True):
+        slot = program * IMAGES + i - first
+        context, cosine, inverse, size, top = _contexts(
+            w, length, real_word, normalisers + slot * patches, image, image_mask, i, tau1, patches, width,
+            PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, MULTIPLIED, SUMMED,
+        )  # fmt: skip
+        score, g = tl.load(scores + i * reports + j), tl.load(grad + i * reports + j)
+        along, across, beside, by_tau2 = _context_gradients(cosine, inverse, size, real_word, tau2, score)
+        along, across = g * along, g * across
+        d_tau2 += g * by_tau2
+        shorter += g * beside
+        d_words += along[:, None] * context
+        high, low = _split(context, ROUNDED, MULTIPLIED)
+        for _once in tl.range(0, tl.minimum(patches, 1), disable_licm=True):
+            for start in tl.range(0, patches, PATCHES, num_stages=1, disable_licm=True):
+                c, real_patch = _load(image, image_mask, i, start, patches, width, PATCHES, WIDTH, MULTIPLIED)
+                share, weights, d_logits = _patch_gradients(
+                    w, real_word, c, real_patch, high, low, along, across, top, tau1,
+                    _normaliser(normalisers + slot * patches, start, patches, PATCHES, ONE_TILE),
+                    ONE_TILE, ROUNDED, SUMMED,
+                )  # fmt: skip
+                if ONE_TILE:
+                    inner = tl.sum(share * d_logits, 0)
+                    d_tau1 += inner
+                else:
+                    inner = g * _normaliser(inners + slot * patches, start, patches, PATCHES, ONE_TILE)
+                    d_tau1 += tl.where(t == 0, inner, 0.0)
+                d_products = tau1 * share * (d_logits - inner[None, :])
+                d_words = _multiply(d_products, c, d_words, ROUNDED, MULTIPLIED)
+                here = _tile(d_image, slot * tl.cdiv(patches, PATCHES) + start // PATCHES, WIDTH, PATCHES)
+                d_patches = tl.load(here)
+                by_word, by_word_low = _split(d_products + along[:, None] * weights, ROUNDED, MULTIPLIED)
+                by_context, by_context_low = _split(-across[:, None] * weights, ROUNDED, MULTIPLIED)
+                d_patches = _add_product(w, by_word, d_patches)
+                d_patches = _add_product(high, by_context, d_patches)
+                if ROUNDED != SUMMED:
+                    d_patches = _add_product(w, by_word_low, d_patches)
+                    d_patches = _add_product(high, by_context_low, d_patches)
+                    d_patches = _add_product(low, by_context, d_patches)
+                tl.store(here, d_patches)
+            high = tl.zeros_like(high)
+            if ROUNDED != SUMMED:
+                low = tl.zeros_like(low)
+    tile = (tl.program_id(0).to(tl.int64) * reports + j) * tl.cdiv(words, WORDS) + t // WORDS
+    here = _tile(d_text, tile, WORDS, WIDTH)
+    tl.store(here, tl.load(here) + d_words)
+    here = d_length + tile * WORDS + tl.arange(0, WORDS)
+    tl.store(here, tl.load(here) + shorter)
+    here = d_taus + program * 2 + tl.arange(0, 2)
+    tl.store(here, tl.load(here) + tl.where(tl.arange(0, 2) == 0, tl.sum(d_tau1, 0), tl.sum(d_tau2, 0)))
+
+
+_IMAGES_FORWARD = 8  # that pass a tile of words
+_IMAGES_BACKWARD, _BLOCKS, _REPORTS = 8, 4, 64  # images a program, programs along the images and along the reports
+
+
+_TILES = {  # by major compute capability: words, patches, warps, forward and backward
+    8: ((128, 16, 8), (16, 16, 8)),
+    9: ((128, 64, 8), (128, 32, 8)),
+    10: ((128, 64, 8), (64, 32, 8)),
+}
+
+
+def _config(device: torch.device, dtype: torch.dtype, words: int, width: int, backward: bool) -> dict:
+    """The largest tiles that spill no registers, found by compiling; the interpreter takes those of sm_90."""
+    major = torch.cuda.get_device_capability(device)[0] if not INTERPRETED else 9
+    rows, patches, warps = _TILES[min(major, 10)][backward]
+    if major == 9 and words <= 64:  # the rows of one warpgroup
+        rows, warps = 64, 4
+    if major == 9 and backward and not 64 < words <= rows:
+        patches = 16
+    half = dtype == torch.bfloat16
+    return {
+        "PATCHES": patches,
+        "WORDS": rows,
+        "WIDTH": next_power_of_2(max(width, 16)),
+        "ONE_TILE": words <= rows,
+        "ROUNDED": tl.bfloat16 if half else summed_in(dtype),
+        "MULTIPLIED": tl.bfloat16 if half and not INTERPRETED else summed_in(dtype),
+        "SUMMED": summed_in(dtype),
+        "num_warps": warps,
+        "num_stages": 2,
+    }
+
+
+@torch.library.custom_op("clinvla_fast::local_alignment", mutates_args=())
+def _scores_op(
+    image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor, tau2: Tensor
+) -> Tensor:
+    """s [I, J] of image [I, N, D] and text [J, T, D], both bfloat16, float16, float32 or float64."""
+    (images, patches, width), (reports, words, _) = image.shape, text.shape
+    scores = torch.empty(images, reports, dtype=_real(image.dtype), device=image.device)
+    config = _config(image.device, image.dtype, words, width, backward=False)
+    grid = (reports, cdiv(images, _IMAGES_FORWARD))
+    known = 0 if config["ONE_TILE"] else math.prod(grid) * _IMAGES_FORWARD * patches
+    launch(
+        _forward, grid, image.contiguous(), image_mask.contiguous(), text.contiguous(), text_mask.contiguous(),
+        tau1, tau2, scores, torch.empty(known, dtype=scores.dtype, device=image.device),
+        images, reports, patches, words, width, IMAGES=_IMAGES_FORWARD, **config,
+    )  # fmt: skip
+    return scores
+
+
+@_scores_op.register_fake
+def _(image, image_mask, text, text_mask, tau1, tau2):
+    return image.new_empty(len(image), len(text), dtype=_real(image.dtype))
+
+
+@torch.library.custom_op("clinvla_fast::local_alignment_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    scores: Tensor,
+    image: Tensor,
+    image_mask: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    tau1: Tensor,
+    tau2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of image, text, tau1 and tau2 in the dtype of the scores, whatever that of the features.
+
+    The pairs are taken a window at a time, so that the partial sums (of a window's images, and of all reports for each
+    of its blocks) stay small.
+    """
+    (images, patches, width), (reports, words, _) = image.shape, text.shape
+    image, image_mask, text, text_mask = (x.contiguous() for x in (image, image_mask, text, text_mask))
+    grad = grad.contiguous()
+    real = {"dtype": scores.dtype, "device": image.device}
+    config = _config(image.device, image.dtype, words, width, backward=True)
+    each = max(1, min(_IMAGES_BACKWARD, cdiv(images, _BLOCKS)))
+    blocks, columns = max(1, min(_BLOCKS, cdiv(images, each))), max(1, min(_REPORTS, reports))
+    tile, tiles = (config["WIDTH"], config["PATCHES"]), cdiv(patches, config["PATCHES"])
+    d_image = torch.empty(images, patches, width, **real)
+    d_text = torch.zeros(blocks, reports, cdiv(words, config["WORDS"]) * config["WORDS"], config["WIDTH"], **real)
+    d_length = torch.zeros(d_text.shape[:3], **real)
+    d_taus = torch.zeros(columns, blocks, 2, **real)
+    window = torch.empty(columns, blocks * each, tiles, *tile, **real)
+    one_tile = config["ONE_TILE"]
+    normalisers, inners = torch.empty(2, 0 if one_tile else columns * blocks * each * patches, **real)
+    pair = image, image_mask, text, text_mask
+    for first_image in range(0, images, blocks * each):
+        window.zero_()
+        for first_report in range(0, reports, columns):
+            grid = blocks, min(columns, reports - first_report)
+            first, sizes = (first_image, first_report), (images, reports, patches, words, width)
+            if not one_tile:
+                launch(_normalisers, grid, *pair, normalisers, *first, images, *sizes[2:], IMAGES=each, **config)
+                inners.zero_()
+                for t in range(0, words, config["WORDS"]):
+                    launch(
+                        _inners, grid, *pair, tau1, tau2, scores, normalisers, inners, *first, t, *sizes,
+                        IMAGES=each, **config,
+                    )  # fmt: skip
+            for t in range(0, words, config["WORDS"]):
+                launch(
+                    _backward, grid, *pair, tau1, tau2, scores, grad, normalisers, inners, window, d_text, d_length,
+                    d_taus, *first, t, *sizes, IMAGES=each, **config,
+                )  # fmt: skip
+        here = d_image[first_image : first_image + blocks * each]
+        here.copy_(window[:, : len(here)].sum(0).mT.flatten(1, 2)[:, :patches, :width])
+    d_tau1, d_tau2 = d_taus.sum((0, 1))
+    d_text = d_text.sum(0)[:, :words, :width] - d_length.sum(0)[:, :words, None] * text
+    return d_image, d_text, d_tau1.clone(), d_tau2.clone()
+
+
+@_backward_op.register_fake
+def _(grad, scores, image, image_mask, text, text_mask, tau1, tau2):
+    return scores.new_empty(image.shape), scores.new_empty(text.shape), scores.new_empty(()), scores.new_empty(())
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(output, *inputs)
+
+
+def _gradients(ctx, grad):
+    scores, image, image_mask, text, text_mask, tau1, tau2 = ctx.saved_tensors
+    d_image, d_text, d_tau1, d_tau2 = _backward_op(grad, scores, image, image_mask, text, text_mask, tau1, tau2)
+    return d_image.to(image.dtype), None, d_text.to(text.dtype), None, d_tau1, d_tau2
+
+
+_scores_op.register_autograd(_gradients, setup_context=_save)
+
+
+def supports(image: Tensor) -> bool:
+    """Whether the kernels take such features: in fp32, three tf32 products a product, no tile fits the registers."""
+    return image.shape[-1] <= _WIDEST and (image.dtype == torch.bfloat16 or INTERPRETED)
+
+
+def triton(
+    image: Tensor,
+    image_mask: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    tau1: Tensor,
+    tau2: Tensor,
+    tau3: Tensor,
+) -> Tensor:
+    if not supports(image):
+        raise ValueError(
+            f"features are {image.shape[-1]} wide and {image.dtype}: the Triton kernels take bfloat16 up to {_WIDEST} "
+            "wide (where they are interpreted, any dtype); use the reference."
+        )
+    tau1, tau2, tau3 = (t.to(_real(image.dtype)) for t in (tau1, tau2, tau3))
+    return tau3 * _scores_op(image, image_mask, text, text_mask, tau1, tau2)
+
+
+@register_flop_formula(torch.ops.clinvla_fast.local_alignment)
+def _forward_flops(image, image_mask, text, text_mask, tau1, tau2, out_shape=None, **_) -> int:
+    """S and the contexts."""
+    (images, patches, width), (reports, words, _) = image, text
+    return 2 * 2 * images * reports * patches * words * width
+
+
+@register_flop_formula(torch.ops.clinvla_fast.local_alignment_backward)
+def _backward_flops(grad, scores, image, image_mask, text, text_mask, tau1, tau2, out_shape=None, **_) -> int:
+    """Both again, and two for each of their gradients."""
+    return 3 * _forward_flops(image, image_mask, text, text_mask, tau1, tau2)
+
+
+@register_byte_formula(torch.ops.clinvla_fast.local_alignment)
+def _forward_bytes(*inputs, out) -> int:
+    return nbytes(inputs, out)
+
+
+register_byte_formula(torch.ops.clinvla_fast.local_alignment_backward)(_forward_bytes)

@@ -1,10 +1,15 @@
 """What several tests share: small random parts, and one pair of tiny towers on disk."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything of ours is imported
+
+import pytest
 from hypothesis import settings
 from torch import nn
 from transformers import PreTrainedTokenizerFast

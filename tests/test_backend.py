@@ -9,48 +9,54 @@ import torch
 from clinvla_fast import backend, ops
 from clinvla_fast.backend import BackendUnavailable
 
-with_kernel = SimpleNamespace(__name__="clinvla_fast.kernels.some_operation", reference=object(), triton=object())
-without_kernel = SimpleNamespace(__name__="clinvla_fast.kernels.some_operation", reference=object())
+operation = SimpleNamespace(
+    __name__="clinvla_fast.kernels.some_operation",
+    reference=object(), triton=object(), reference_other=object(), triton_other=object(),
+)  # fmt: skip
+CPU, GPU = (SimpleNamespace(is_cuda=on_gpu, dtype=torch.float32, device=torch.device("cpu")) for on_gpu in (False, True))
 
 
 @pytest.mark.parametrize(
-    ("name", "on_gpu", "fused"),
+    ("name", "tensor", "fused"),
     [
-        ("auto", False, False),
-        ("auto", True, True),
-        ("reference", False, False),
-        ("reference", True, False),
-        ("triton", False, True),
-        ("triton", True, True),
+        ("auto", CPU, False),
+        ("auto", GPU, True),
+        ("reference", CPU, False),
+        ("reference", GPU, False),
+        ("triton", GPU, True),
     ],
 )
-def test_choice(name, on_gpu, fused):
+def test_choice(name, tensor, fused):
     with backend.use(name):
-        assert backend.implementation(with_kernel, on_gpu) is getattr(with_kernel, "triton" if fused else "reference")
+        for form in ("", "other"):
+            chosen = ("triton" if fused else "reference") + (f"_{form}" if form else "")
+            assert backend.implementation(operation, tensor, form) is getattr(operation, chosen)
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_auto_and_reference_need_no_kernel(on_gpu):
-    for name in ("auto", "reference"):
-        with backend.use(name):
-            assert backend.implementation(without_kernel, on_gpu) is without_kernel.reference
+def test_auto_asks_the_operation_what_its_kernels_take():
+    double = SimpleNamespace(is_cuda=True, dtype=torch.float64)
+    assert backend.implementation(operation, double) is operation.reference
+    for supported in (True, False):
+        choosy = SimpleNamespace(**vars(operation), supports=lambda tensor, answer=supported: answer)
+        chosen = choosy.triton if supported else choosy.reference
+        assert backend.implementation(choosy, GPU) is chosen
+        with backend.use("triton"):
+            assert backend.implementation(choosy, GPU) is choosy.triton  # which says itself what it does not take
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_an_explicit_choice_never_falls_back(on_gpu):
-    with backend.use("triton"), pytest.raises(BackendUnavailable, match="some_operation has no Triton kernel"):
-        backend.implementation(without_kernel, on_gpu)
-
-
-def test_the_choice_reaches_the_operations():
-    """An operation without a Triton kernel says so by name; one with a kernel is not this test's."""
-    if hasattr(ops._contrastive, "triton"):
-        pytest.skip("contrastive has a Triton kernel")
+def test_an_explicit_choice_never_falls_back(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", False)
     x = torch.ones(2, 3)
-    with backend.use("triton"), pytest.raises(BackendUnavailable, match="contrastive"):
+    with backend.use("triton"), pytest.raises(BackendUnavailable, match="contrastive runs on a GPU.*on cpu"):
         ops.contrastive(x, x, torch.tensor(1.0))
     with backend.use("reference"):
         assert ops.contrastive(x, x, torch.tensor(1.0)).isfinite()
+
+
+def test_the_interpreter_runs_kernels_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    with backend.use("triton"):
+        assert backend.implementation(operation, CPU) is operation.triton
 
 
 def test_unknown_name():
@@ -62,41 +68,26 @@ def test_unknown_name():
 
 def test_use_restores_the_choice_also_after_an_error():
     def chosen():
-        return backend.implementation(with_kernel, on_gpu=True)
+        return backend.implementation(operation, GPU)
 
     with backend.use("auto"):
         with backend.use("reference"):
             with pytest.raises(KeyError), backend.use("triton"):
                 raise KeyError
-            assert chosen() is with_kernel.reference
-        assert chosen() is with_kernel.triton
+            assert chosen() is operation.reference
+        assert chosen() is operation.triton
 
 
 def _python(code, **environment):
-    clean = {name: value for name, value in os.environ.items() if name != "CLINVLA_BACKEND"}
+    clean = {name: value for name, value in os.environ.items() if name not in ("CLINVLA_BACKEND", "TRITON_INTERPRET")}
     return subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True)
 
 
-def test_environment_variable(pytestconfig):
-    # The module alone, by its path: importing all of clinvla_fast takes seconds.
-    path = str(pytestconfig.rootpath / "clinvla_fast" / "backend.py")
-    code = f"import runpy; print(runpy.run_path({path!r})['_current'])"
-    assert _python(code).stdout.strip() == "auto"
-    for name in backend.BACKENDS:
-        assert _python(code, CLINVLA_BACKEND=name).stdout.strip() == name
+def test_environment_variable():
+    code = "import torch, clinvla_fast; x = torch.ones(2, 3); clinvla_fast.ops.contrastive(x, x, torch.tensor(1.0))"
+    assert not _python(code, CLINVLA_BACKEND="reference").returncode
+    assert not _python(code).returncode
+    unavailable = _python(code, CLINVLA_BACKEND="triton")
+    assert "BackendUnavailable: the Triton kernel of contrastive" in unavailable.stderr
     wrong = _python(code, CLINVLA_BACKEND="fast")
     assert wrong.returncode and "'fast': expected one of" in wrong.stderr
-
-
-def test_environment_variable_through_the_package(pytestconfig):
-    code = "import torch, clinvla_fast; x = torch.ones(2, 3); clinvla_fast.ops.contrastive(x, x, torch.tensor(1.0))"
-    if hasattr(ops._contrastive, "triton"):
-        pytest.skip("contrastive has a Triton kernel")
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"CLINVLA_BACKEND": "triton"},
-        cwd=pytestconfig.rootpath,
-        capture_output=True,
-        text=True,
-    )
-    assert "BackendUnavailable: contrastive" in result.stderr

@@ -100,9 +100,8 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         """Embeddings of a batch; with a seed, from the share of patches that the recipe keeps, drawn by it."""
         kept = None
         if mask_seed is not None:
-            views, patches = int(batch.present.sum()), self.vision.patches
-            keep = round(self.recipe.keep * patches)
-            kept = ops.draw_kept_patches(views, patches, keep, mask_seed, batch.images.device)
+            patches = self.vision.patches
+            kept, _ = ops.draw_kept_patches(batch.present, patches, round(self.recipe.keep * patches), mask_seed)
         image_global, image_local, image_mask = self.embed_images(batch.images, batch.present, kept)
         text_global, text_local, text_mask = self.embed_reports(batch.tokens, batch.lengths)
         return Embeddings(image_global, image_local, image_mask, text_global, text_local, text_mask)

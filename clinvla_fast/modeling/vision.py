@@ -89,7 +89,7 @@ class VisionTower(nn.Module):
         slots = (self.time_embedding[:, None] + self.view_embedding).flatten(0, 1)[: images.shape[1]]
         vit = self.vit
         weights = vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, vit.pos_embed[0], vit.cls_token[0, 0]
-        x = ops.masked_patch_embed(images, present, *weights, slots, self.mean, self.std, kept)
+        x = ops.masked_patch_embed(images, present, *weights, slots, self.mean, self.std, kept).tokens
         if self.invertible is not None:
             x = self.invertible(x)
         for block, adapt in zip(vit.blocks, self.adapts, strict=True):

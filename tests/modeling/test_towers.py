@@ -88,7 +88,7 @@ def test_masked_vision_tower_with_new_adapters_is_timms_on_the_kept_patches(kind
     tower = _vision(kind)
     images = _images(tower, 2, 4)
     present = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]], dtype=torch.bool)
-    kept = ops.draw_kept_patches(4, tower.patches, tower.patches // 4, seed=3)
+    kept = ops.draw_kept_patches(present, tower.patches, tower.patches // 4, seed=3)[0]
     _close(tower(images, present, kept), _by_hand(tower, images[present], kept))
 
 
@@ -406,7 +406,7 @@ def _what_reaches(module, run):
 def test_the_image_decoder_reads_the_inverse(masked_modeling):
     vision = masked_modeling.vision
     images, present = _images(vision, 2, 1), torch.ones(2, 1, dtype=torch.bool)
-    kept = ops.draw_kept_patches(2, vision.patches, 4, seed=0)
+    kept = ops.draw_kept_patches(present, vision.patches, 4, seed=0)[0]
     tokens = vision(images, present, kept)
     seen = _what_reaches(masked_modeling.decoder, lambda: masked_modeling.image_loss(images, present, kept))
     assert (seen - tokens).abs().max() > 0.01
