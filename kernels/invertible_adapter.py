@@ -12,14 +12,18 @@ P = F, Q = G, s = 1; the inverse a = o2, b = o1, P = G, Q = F, s = -1. With bott
     d h_q = s (U_q^T d b') * [h_q > 0]                        d a = d a' + D_q^T d h_q
     d h_p = s (U_p^T d a) * [h_p > 0]                         d b = d b' + D_p^T d h_p
 
-Kernels: a program holds a tile of rows, and of it the hidden layer, in registers; the weights stream past in chunks of
-the width. a' (in the backward pass b and d a) is read again where the next bottleneck needs it, from L2, rounded as it
-was stored: what the inverse sees. That costs a sixth more reads than keeping it, and leaves the registers for a tile
-so tall that the weights, which every tile reads anew, do not saturate L2.
+Kernels: a program holds a tile of rows and, in registers, one hidden layer of it; the weights stream past in chunks of
+the width. What the next bottleneck reads (a'; in the backward pass b and d a) goes to memory and comes back from L2,
+rounded as it is stored, so that the inverse sees the same. That is a tenth more to read than if it stayed; the registers
+go into tall tiles instead, because every tile reads all the weights anew and L2 limits that first. The backward pass
+keeps ReLU's mask the same way, in memory that a gradient takes later: no scratch where the weights are frozen.
 
-Of a row, forward moves 2 H values (its input and its output), backward 3 H, and they multiply 4 and 7 times H/2 x inner;
-at H = 768, bf16, about 190 FLOPs a byte: the balance of an H200. For gradients of the weights, slices of rows leave
-their hidden layers (4 inner + H/2 values a row) in device memory, and four plain matrix products follow.
+Of a row, forward moves 2 H values, its input and its output, and backward 3 H; they multiply it by 4 and 7 times
+H/2 x inner weights. At H = 768 in bf16 that is 192 FLOPs a byte, the balance of an H200. For gradients of the weights,
+slices of rows leave 4 inner + H/2 values a row in device memory, and four plain matrix products follow.
+
+The input is recomputed to the bit where o2 (inverse: e1) has the exponent of what it came from, else to its rounding,
+and then a ReLU may recompute to the other side of 0: seldom where an adapter adds a fraction of what is there.
 """
 
 import math
@@ -125,7 +129,7 @@ def _to_inner(
             inner = j * PIECE + tl.arange(0, _piece(j, INNER, PIECE))
             zero += tl.load(bias + inner, mask=inner < INNER, other=0.0).to(SUMMED)[None, :]
         sums += (zero,)
-    for start in tl.range(0, width, CHUNK, disable_licm=True):
+    for start in tl.range(0, width, CHUNK, disable_licm=MULTIPLIED == SUMMED):
         half = start + tl.arange(0, CHUNK)
         chunk = tl.load(x + (at + half[None, :]), mask=real & _inside(half, HALF, CHUNK)[None, :], other=0.0)
         more = ()
@@ -151,7 +155,7 @@ def _to_half(
     """
     half = tl.arange(0, CHUNK)
     chunk = tl.load(before + (at + half[None, :]), mask=real & (half < HALF)[None, :], other=0.0)
-    for start in tl.range(0, width, CHUNK, disable_licm=True):
+    for start in tl.range(0, width, CHUNK, disable_licm=MULTIPLIED == SUMMED):
         half = start + tl.arange(0, CHUNK)
         following = half + CHUNK  # is on its way while this chunk multiplies
         following = tl.load(before + (at + following[None, :]), mask=real & (following < HALF)[None, :], other=0.0)
@@ -317,36 +321,38 @@ def _backward(
 
 
 # By bytes of an element and major compute capability, forward and backward: how many entries of a hidden layer fit the
-# registers of a program, columns of a chunk, columns of a piece. fp32 goes through tf32 in three products, with both
-# terms of each operand in registers.
+# registers of a program, columns of a chunk, columns of a piece, stages of the loops' pipelines. fp32 goes through tf32
+# in three products, with both terms of each operand in registers.
 _TILES = {
-    (2, 8): ((16384, 32, 128), (16384, 32, 64)),
-    (2, 9): ((32768, 64, 128), (32768, 64, 128)),
-    (2, 10): ((32768, 64, 64), (32768, 64, 64)),
-    (4, 8): ((8192, 16, 64), (6144, 16, 64)),
-    (4, 9): ((16384, 16, 32), (16384, 16, 32)),
-    (4, 10): ((16384, 16, 32), (16384, 16, 32)),
+    (2, 8): ((16384, 32, 128, 3), (12288, 32, 64, 3)),
+    (2, 9): ((32768, 64, 128, 3), (32768, 64, 128, 2)),
+    (2, 10): ((32768, 64, 64, 3), (16384, 64, 64, 2)),
+    (4, 8): ((8192, 16, 64, 2), (6144, 16, 64, 2)),
+    (4, 9): ((16384, 16, 32, 2), (16384, 16, 32, 2)),
+    (4, 10): ((16384, 16, 32, 2), (16384, 16, 32, 2)),
 }
 
 
 def _config(x: Tensor, inner: int, backward: bool) -> dict:
     """Tiles and warps for rows x: as many rows as fit, since each tile reads all the weights."""
     rows, half = x.shape[0], x.shape[1] // 2
+    multiplied = multiplied_in(x.dtype)
     kind = (2, 9)
     if not INTERPRETED:
-        kind = x.element_size(), min(10, torch.cuda.get_device_capability(x.device)[0])
-    entries, chunk, piece = _TILES[kind][backward]
-    block = 1 << (entries // inner).bit_length() - 1
+        major = torch.cuda.get_device_capability(x.device)[0]
+        kind = min(4, x.element_size()), major if major in (9, 10) else 8
+    entries, chunk, piece, stages = _TILES[kind][backward]
+    block = next_power_of_2(entries // inner + 1) // 2
     return {
         "HALF": half,
         "INNER": inner,
         "BLOCK": min(max(block, 16), 128 if rows >= _MANY_ROWS else 64),
         "CHUNK": min(chunk, max(16, next_power_of_2(half))),
         "PIECE": piece,
-        "MULTIPLIED": multiplied_in(x.dtype),
+        "MULTIPLIED": multiplied,
         "SUMMED": summed_in(x.dtype),
         "num_warps": 8,
-        "num_stages": 2 if backward or kind[0] == 4 else 3,
+        "num_stages": stages,
     }
 
 

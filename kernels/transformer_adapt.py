@@ -756,9 +756,9 @@ class _Sums(NamedTuple):
     norm_bias: Tensor | None
 
 
-def _padded(d: int, dtype: torch.dtype) -> int:
-    """A bottleneck's width, or the slices in which it is worked through: three products make one in float32."""
-    return min(max(16, next_power_of_2(d)), 32 if dtype == torch.float32 else 64)
+def _padded(d: int, dtype: torch.dtype, two_skips: bool) -> int:
+    """A bottleneck's width, or the slices in which it is worked through: of 32 where a chunk takes most products."""
+    return min(max(16, next_power_of_2(d)), 32 if dtype == torch.float32 or two_skips else 64)
 
 
 def _by_rows(plan: dict[str, object], dtype: torch.dtype) -> dict[str, int]:
@@ -774,7 +774,8 @@ def _by_columns(plan: dict[str, object], dtype: torch.dtype) -> dict[str, int]:
         return {"block_m": 32, "block_h": 64, "num_warps": 8, "num_stages": 2}
     if not INTERPRETED and torch.cuda.get_device_capability()[0] < 9:
         return {"block_m": 128, "block_h": 32, "num_warps": 8, "num_stages": 2}
-    return {"block_m": 64 if plan["stored"] else 128, "block_h": 64, "num_warps": 8, "num_stages": 2}
+    short = plan["stored"] or plan["padded_1"] == 16  # with 16 columns and 128 rows, sm_100 spills
+    return {"block_m": 64 if short else 128, "block_h": 64, "num_warps": 8, "num_stages": 2}
 
 
 def _sums_at_once(plan: dict[str, object]) -> list[tuple[str, ...]]:
@@ -812,8 +813,8 @@ def _prepared(
         "width": ffn.shape[-1],
         "d_1": d_1,
         "d_2": d_2,
-        "padded_1": _padded(d_1, ffn.dtype),
-        "padded_2": _padded(d_2, ffn.dtype),
+        "padded_1": _padded(d_1, ffn.dtype, two and inner_skip),
+        "padded_2": _padded(d_2, ffn.dtype, two and inner_skip),
         "stored": max(d_1, d_2) > 64 or ffn.dtype == torch.float32 or (two and inner_skip),
         "op": multiplied_in(ffn.dtype),
         "sum": summed_in(ffn.dtype),

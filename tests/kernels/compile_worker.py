@@ -75,11 +75,12 @@ def compile_launches(operation: str, capability: int) -> dict[str, dict[str, int
     for name, call in module.launches():
         compiled.clear()
         call()
-        for kernel in compiled:
+        for kernel in {kernel.asm["cubin"]: kernel for kernel in compiled}.values():
             found = resources(kernel.asm["cubin"]) | {"shared": kernel.metadata.shared}
             if "tt.dot" in kernel.asm["ttir"]:
                 found["matrix"] = True
-            table[f"{name}/{kernel.metadata.name}"] = found
+            earlier = table.get(f"{name}/{kernel.metadata.name}", {})  # compiled for other values of an argument
+            table[f"{name}/{kernel.metadata.name}"] = {k: max(found[k], earlier.get(k, 0)) for k in found}
     return table
 
 
