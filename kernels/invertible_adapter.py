@@ -14,9 +14,10 @@ P = F, Q = G, s = 1; the inverse a = o2, b = o1, P = G, Q = F, s = -1. With bott
 
 Kernels: a program holds a tile of rows and, in registers, one hidden layer of it; the weights stream past in chunks of
 the width. What the next bottleneck reads (a'; in the backward pass b and d a) goes to memory and comes back from L2,
-rounded as it is stored, so that the inverse sees the same. That is a tenth more to read than if it stayed; the registers
-go into tall tiles instead, because every tile reads all the weights anew and L2 limits that first. The backward pass
-keeps ReLU's mask the same way, in memory that a gradient takes later: no scratch where the weights are frozen.
+rounded as it is stored, so that the inverse sees the same. That is a tenth more to read than if it stayed; the
+registers go into tall tiles instead, because every tile reads all the weights anew and L2 limits that first. The
+backward pass keeps ReLU's mask the same way, in memory that a gradient takes later: no scratch where the weights are
+frozen.
 
 Of a row, forward moves 2 H values, its input and its output, and backward 3 H; they multiply it by 4 and 7 times
 H/2 x inner weights. At H = 768 in bf16 that is 192 FLOPs a byte, the balance of an H200. For gradients of the weights,
@@ -327,7 +328,7 @@ _TILES = {
     (2, 8): ((16384, 32, 128, 3), (12288, 32, 64, 3)),
     (2, 9): ((32768, 64, 128, 3), (32768, 64, 128, 2)),
     (2, 10): ((32768, 64, 64, 3), (16384, 64, 64, 2)),
-    (4, 8): ((8192, 16, 64, 2), (6144, 16, 64, 2)),
+    (4, 8): ((4096, 16, 64, 2), (8192, 16, 64, 2)),
     (4, 9): ((16384, 16, 32, 2), (16384, 16, 32, 2)),
     (4, 10): ((16384, 16, 32, 2), (16384, 16, 32, 2)),
 }

@@ -34,7 +34,6 @@ import math
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 from triton import cdiv, jit, next_power_of_2
 
@@ -42,7 +41,6 @@ from .launch import INTERPRETED, launch, summed_in
 from .traffic import nbytes, register_byte_formula
 
 _BLOCK_ELEMENTS = 1 << 19
-_NO_RANDOM = {"preserve_rng_state": False}
 _WIDEST = 128
 
 
@@ -79,27 +77,96 @@ def word_contexts(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Te
     return word_attention(image, image_mask, text, text_mask, tau1).mT @ image
 
 
-def _scores(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor, tau2: Tensor) -> Tensor:
-    """s for images [I, N, D] against reports [J, T, D]: [I, J]. All tensors inside are [I, N, J * T] or smaller."""
+def _contexts_of(
+    image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of images [I, N, D] and reports [J, T, D]: S, P and E [I, N, J, T]; c_t [I, J, T, D] times A's denominator; its
+    cosine with W[t] and 1 / |W||c| [I, J, T]."""
     words = text.flatten(0, 1)
-    products = image @ words.mT
-    share = products.unflatten(-1, text_mask.shape).masked_fill(~text_mask, -torch.inf).softmax(-1).flatten(-2)
-    logits = (tau1 * share).masked_fill(~image_mask[..., None], -torch.inf)
-    weights = (logits - logits.detach().amax(1, keepdim=True)).exp()
-    length = torch.linalg.vector_norm(weights.mT @ image, dim=-1) * torch.linalg.vector_norm(words, dim=-1)
-    cosine = (weights * products).sum(1) / length.clamp(min=torch.finfo(length.dtype).tiny)
-    return (tau2 * cosine).unflatten(-1, text_mask.shape).masked_fill(~text_mask, -torch.inf).logsumexp(-1)
+    products = (image @ words.mT).unflatten(-1, text_mask.shape)
+    share = (products if text_mask.all() else products.masked_fill(~text_mask, -torch.inf)).softmax(-1)
+    logits = share * tau1
+    if not image_mask.all():
+        logits.masked_fill_(~image_mask[..., None, None], -torch.inf)
+    weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
+    context = weights.flatten(2).mT @ image
+    length = (context.norm(dim=-1) * words.norm(dim=-1)).unflatten(-1, text_mask.shape)
+    inverse = torch.where(length > 0, 1 / length, 0)
+    cosine = torch.linalg.vecdot(words, context).unflatten(-1, text_mask.shape) * inverse
+    return products, share, weights, context, cosine, inverse
 
 
-def _blocks(features: Tensor, mask: Tensor, size: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Features [B, L, D] and mask [B, L] in blocks of `size` by length, each cut to its longest, and the way back."""
-    length = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
-    length, order = length.sort(stable=True)
-    blocks = []
-    for rows, longest in zip(order.split(size), length.split(size), strict=True):
-        cut = int(longest[-1])
-        blocks.append((features[rows, :cut], mask[rows, :cut]))
-    return blocks, order.argsort()
+def _block_scores(
+    image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor, tau2: Tensor
+) -> Tensor:
+    """s for images [I, N, D] against reports [J, T, D]: [I, J]."""
+    *_, cosine, _ = _contexts_of(image, image_mask, text, text_mask, tau1)
+    return (tau2 * cosine).masked_fill_(~text_mask, -torch.inf).logsumexp(-1)
+
+
+def _block_gradients(
+    grad: Tensor, score: Tensor, image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor,
+    tau1: Tensor, tau2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """d image, d text, d tau1 and d tau2 of the sum of grad * s, both [I, J]; see the formulas above."""
+    products, share, weights, context, cosine, inverse = _contexts_of(image, image_mask, text, text_mask, tau1)
+    words = text.flatten(0, 1)
+    chosen = torch.exp(tau2 * cosine - score[..., None]).masked_fill_(~text_mask, 0) * grad[..., None]
+    along = tau2 * chosen * inverse
+    across = (tau2 * chosen * cosine).flatten(1)
+    size = torch.where(across == 0, 1, context.square().sum(-1))
+    context_part = context * (-across / size)[..., None]
+    beside = (across / words.square().sum(-1)).nan_to_num_(0, 0, 0)
+    d_words = (along.flatten(1)[..., None] * context).sum(0) - beside.sum(0)[:, None] * words
+    toward = torch.baddbmm((products * along[:, None]).flatten(2), image, context_part.mT).view_as(products)
+    toward.mul_(weights)  # d log E
+    inner = torch.linalg.vecdot(toward, share)
+    d_products = toward.sub_(inner[..., None]).mul_(share).mul_(tau1)
+    d_words.addmm_(d_products.flatten(0, 1).flatten(1).mT, image.flatten(0, 1))
+    d_image = weights.flatten(2) @ context_part
+    d_products.addcmul_(weights, along[:, None])
+    d_image += d_products.flatten(2) @ words
+    return d_image, d_words.view_as(text), inner.sum(), (chosen * cosine).sum()
+
+
+def _blocks(mask: Tensor, size: int) -> list[tuple[Tensor, int]]:
+    """Rows of a mask [B, L] in blocks of `size` by length, each with the length of its longest."""
+    length, order = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).sort(stable=True)
+    blocks = zip(order.split(size), length.split(size), strict=True)
+    return [(rows, int(longest[-1])) for rows, longest in blocks if len(rows)]
+
+
+class _Blocked(torch.autograd.Function):
+    """s [I, J] block by block; the backward pass computes each block again."""
+
+    @staticmethod
+    def forward(ctx, image, image_mask, text, text_mask, tau1, tau2):
+        side = max(1, math.isqrt(_BLOCK_ELEMENTS // max(1, image.shape[1] * text.shape[1])))
+        scores = image.new_empty(len(image), len(text))
+        for i, images in _blocks(image_mask, side):
+            for j, reports in _blocks(text_mask, side):
+                block = image[i, :images], image_mask[i, :images], text[j, :reports], text_mask[j, :reports]
+                scores[i[:, None], j] = _block_scores(*block, tau1, tau2)
+        ctx.save_for_backward(scores, image, image_mask, text, text_mask, tau1, tau2)
+        ctx.side = side
+        return scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        scores, image, image_mask, text, text_mask, tau1, tau2 = ctx.saved_tensors
+        d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
+        d_tau1, d_tau2 = torch.zeros_like(tau1), torch.zeros_like(tau2)
+        for i, images in _blocks(image_mask, ctx.side):
+            for j, reports in _blocks(text_mask, ctx.side):
+                block = image[i, :images], image_mask[i, :images], text[j, :reports], text_mask[j, :reports]
+                pairs = i[:, None], j
+                by_image, by_text, by_tau1, by_tau2 = _block_gradients(grad[pairs], scores[pairs], *block, tau1, tau2)
+                d_image[i, :images] += by_image
+                d_text[j, :reports] += by_text
+                d_tau1 += by_tau1
+                d_tau2 += by_tau2
+        return d_image, None, d_text, None, d_tau1, d_tau2
 
 
 def reference(
@@ -112,16 +179,7 @@ def reference(
     tau3: Tensor,
 ) -> Tensor:
     image, text, tau1, tau2, tau3 = (x.to(_real(image.dtype)) for x in (image, text, tau1, tau2, tau3))
-    if not len(image) or not len(text):
-        return tau3 * image.new_zeros(len(image), len(text))
-    side = max(1, math.isqrt(_BLOCK_ELEMENTS // max(1, image.shape[1] * text.shape[1])))
-    images, image_order = _blocks(image, image_mask, side)
-    reports, report_order = _blocks(text, text_mask, side)
-    rows = [
-        torch.cat([checkpoint(_scores, *i, *j, tau1, tau2, use_reentrant=False, **_NO_RANDOM) for j in reports], 1)
-        for i in images
-    ]
-    return tau3 * torch.cat(rows)[image_order][:, report_order]
+    return tau3 * _Blocked.apply(image, image_mask, text, text_mask, tau1, tau2)
 
 
 # Triton. Names: words are the rows of a tile, patches its columns.

@@ -220,7 +220,7 @@ def test_half_precision_features_are_held_to_fp32_limits(dtype, implementation):
     """METHODS.md, section 2; the gradients before they are rounded to the features' dtype."""
     inputs = _inputs(3, 4, 98, 60, 64, seed=3, taus=TEMPERATURES, dtype=dtype)
     inputs[4:] = (t.float() for t in inputs[4:])
-    expected, right = _with_gradients(_fast_dense, inputs)
+    expected, right = _with_gradients(_fast_dense, [x.double() if x.is_floating_point() else x for x in inputs])
     out, gradients = _with_gradients(ops.local_alignment, inputs)
     assert out.dtype == torch.float32 and gradients[0].dtype == gradients[1].dtype == dtype
     assert _worst(out, expected) < 2e-5
@@ -339,7 +339,7 @@ def test_on_a_gpu(shape, dtype, implementation):
     inputs = [x.cuda() for x in _inputs(*shape, dtype=dtype, taus=TEMPERATURES)]
     inputs[4:] = (t.float() for t in inputs[4:])
     out, gradients = _with_gradients(ops.local_alignment, inputs)
-    expected, right = _with_gradients(_fast_dense, inputs)
+    expected, right = _with_gradients(_fast_dense, [x.double() if x.is_floating_point() else x for x in inputs])
     assert _worst(out, expected) < 2e-5
     half_a_step = torch.finfo(dtype).eps / 2
     for k, limit in enumerate((1e-4, 1e-4, 1e-3, 1e-3, 1e-3)):
