@@ -99,7 +99,7 @@ def _draw_kernel(view, seed, kept, restore, patches, keep, BLOCK: tl.constexpr, 
 @torch.library.custom_op("clinvla_fast::draw_patches", mutates_args=())
 def _draw(view: Tensor, patches: int, keep: int, seed: Tensor) -> tuple[Tensor, Tensor]:
     kept, restore = view.new_empty(len(view), keep), view.new_empty(len(view), patches)
-    block = _triton.next_power_of_2(patches)
+    block = _triton.next_power_of_2(max(1, patches))
     meta = {"BLOCK": block, "BITS": 32 + block.bit_length() - 1, "num_warps": min(16, max(1, block // 1024))}
     launch(_draw_kernel, (len(view),), view, seed, kept, restore, patches, keep, **meta)
     return kept, restore

@@ -383,7 +383,10 @@ def _stored_hidden_layers(given, statistics, hidden_out, slopes: tl.constexpr, s
             p = _dot(z, _tile(given.first.down_weight, inner, column, plan.d_1, plan.width, plan.op).T, p, plan)
         _store_layer(hidden_out.h_1, hidden_out.e_1, p, slopes, scaling, at, inner, plan.d_1, plan)
     tl.debug_barrier()
+    h_1 = hidden_out.h_1
+    h_2 = h_1
     if plan.two:
+        h_2 = hidden_out.h_2
         for slice in range(0, plan.d_2, plan.padded_2):
             inner = slice + tl.arange(0, plan.padded_2)
             p = tl.zeros((plan.block_m, plan.padded_2), plan.sum)
@@ -395,11 +398,11 @@ def _stored_hidden_layers(given, statistics, hidden_out, slopes: tl.constexpr, s
                 p = _dot(la, _tile(given.second.down_weight, inner, column, plan.d_2, plan.width, plan.op).T, p, plan)
             for slice_1 in range(0, plan.d_1, plan.padded_1):
                 inner_1 = slice_1 + tl.arange(0, plan.padded_1)
-                h_1 = scaling * _rows_of(hidden_out.h_1, at, inner_1, plan.d_1, plan.sum)
-                p = _dot(h_1, _tile(given.merged, inner, inner_1, plan.d_2, plan.d_1, plan.op).T, p, plan)
-            _store_layer(hidden_out.h_2, hidden_out.e_2, p, slopes, scaling, at, inner, plan.d_2, plan)
+                m = _tile(given.merged, inner, inner_1, plan.d_2, plan.d_1, plan.op)
+                p = _dot(scaling * _rows_of(h_1, at, inner_1, plan.d_1, plan.sum), m.T, p, plan)
+            _store_layer(h_2, hidden_out.e_2, p, slopes, scaling, at, inner, plan.d_2, plan)
         tl.debug_barrier()
-    return hidden_out.h_1, hidden_out.h_2
+    return h_1, h_2
 
 
 @jit
@@ -562,7 +565,11 @@ def _stored_hidden_gradients(back, hidden_out, scaling, at, plan):
         tl.debug_barrier()
         _store_rows(hidden_out.e_1, e, at, inner, plan.d_1)
     tl.debug_barrier()
-    return hidden_out.e_1, hidden_out.e_2
+    e_1 = hidden_out.e_1
+    e_2 = e_1
+    if plan.two:
+        e_2 = hidden_out.e_2
+    return e_1, e_2
 
 
 @jit(do_not_specialize=("rows", "scaling"))

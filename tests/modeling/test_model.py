@@ -280,7 +280,7 @@ def test_masking_keeps_a_quarter_and_follows_the_seed(tiny_model, make_batch):
 
 @pytest.mark.parametrize("mask_seed", [None, 0])
 def test_a_study_without_a_view(tiny_model, make_batch, shake, mask_seed):
-    shake(tiny_model)
+    shake(tiny_model.double())  # in float32 the towers' rounding depends on how many reports run together
     batch = make_batch([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]], [6, 8, 5])
     e = tiny_model(batch, mask_seed)
     assert not e.image_global[1].any() and not e.image_mask[1].any()

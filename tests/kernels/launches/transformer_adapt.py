@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from unittest.mock import patch
 
 import torch
 
@@ -19,13 +18,6 @@ CASES = {
     "ALTA BERT 768-192": ((768, (192,), True, ("gelu", 0.5, True, True), True), (BF16,), True),
     "everything 768-64": ((768, (64, 64), True, ("gelu", 0.5, True, False), True), (BF16,), True),
 }
-
-
-_SUMS_AT_ONCE = transformer_adapt._sums_at_once
-
-
-def _those_with(names, plan):
-    return [group for group in _SUMS_AT_ONCE(plan) if set(names) & set(group)]
 
 
 def _case(width, inner, normed, options, sourced, dtype):
@@ -45,8 +37,3 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             saved = [transformer_adapt._statistics(x, wanted) for wanted in norms]
             needs = [True, True, len(case[1]) == 2, norm_trains]
             yield f"backward {of}", partial(transformer_adapt._backward_op, x, *saved, *given, *options, needs)
-            # the launches of the weights' gradients one by one: the last of a kernel is what a table shows
-            for names in ("up_1", "up_2"), ("down_1", "down_2"):
-                alone = patch.object(transformer_adapt, "_sums_at_once", partial(_those_with, names))
-                backward = partial(transformer_adapt._backward_op, x, *saved, *given, *options, needs)
-                yield f"backward {of}, {names[0][:-2]}", alone(backward)
