@@ -85,6 +85,11 @@ def reference(x: Tensor, f: Bottleneck, g: Bottleneck, inverse: bool = False) ->
 
 
 @constexpr_function
+def _pieces(INNER, PIECE):
+    return cdiv(INNER, PIECE)
+
+
+@constexpr_function
 def _piece(j, INNER, PIECE):
     """Columns of the j-th piece of a hidden layer: a power of two, as little over what is left as can be."""
     return min(PIECE, max(16, next_power_of_2(INNER - j * PIECE)))
@@ -124,7 +129,7 @@ def _to_inner(
 ):  # fmt: skip
     """Rows x [BLOCK, HALF] in memory times D^T or U, plus bias: pieces of [BLOCK, INNER]."""
     sums = ()
-    for j in tl.static_range(tl.cdiv(INNER, PIECE)):
+    for j in tl.static_range(_pieces(INNER, PIECE)):
         zero = tl.zeros((BLOCK, _piece(j, INNER, PIECE)), SUMMED)
         if bias is not None:
             inner = j * PIECE + tl.arange(0, _piece(j, INNER, PIECE))
@@ -134,7 +139,7 @@ def _to_inner(
         half = start + tl.arange(0, CHUNK)
         chunk = tl.load(x + (at + half[None, :]), mask=real & _inside(half, HALF, CHUNK)[None, :], other=0.0)
         more = ()
-        for j in tl.static_range(tl.cdiv(INNER, PIECE)):
+        for j in tl.static_range(_pieces(INNER, PIECE)):
             inner = j * PIECE + tl.arange(0, _piece(j, INNER, PIECE))
             w = _weight(
                 weight, inner[None, :], half[:, None], DOWN, HALF, INNER, CHUNK, _piece(j, INNER, PIECE), MULTIPLIED
@@ -164,7 +169,7 @@ def _to_half(
         total = tl.zeros((BLOCK, CHUNK), SUMMED)
         if bias is not None:
             total += tl.load(bias + half, mask=inside, other=0.0).to(SUMMED)[None, :]
-        for j in tl.static_range(tl.cdiv(INNER, PIECE)):
+        for j in tl.static_range(_pieces(INNER, PIECE)):
             inner = j * PIECE + tl.arange(0, _piece(j, INNER, PIECE))
             w = _weight(
                 weight, inner[:, None], half[None, :], DOWN, HALF, INNER, CHUNK, _piece(j, INNER, PIECE), MULTIPLIED

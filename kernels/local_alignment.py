@@ -122,7 +122,7 @@ def _block_gradients(
     toward.mul_(weights)  # d log E
     inner = torch.linalg.vecdot(toward, share)
     d_products = toward.sub_(inner[..., None]).mul_(share).mul_(tau1)
-    d_words.addmm_(d_products.flatten(0, 1).flatten(1).mT, image.flatten(0, 1))
+    d_words = torch.addmm(d_words, d_products.flatten(0, 1).flatten(1).mT, image.flatten(0, 1))
     d_image = weights.flatten(2) @ context_part
     d_products.addcmul_(weights, along[:, None])
     d_image += d_products.flatten(2) @ words
@@ -454,6 +454,7 @@ def _backward(
         along, across, beside, by_tau2 = _context_gradients(cosine, inverse, size, real_word, tau2, score)
         along, across = g * along, g * across
         d_tau2 += g * by_tau2
+        largest = tl.where(tau1 != 0, top / tau1, 0.0)
         shorter += g * beside
         d_words += along[:, None] * context
         high, low = _split(context, ROUNDED, MULTIPLIED)
@@ -465,12 +466,12 @@ def _backward(
                     _normaliser(normalisers + slot * patches, start, patches, PATCHES, ONE_TILE),
                     ONE_TILE, ROUNDED, SUMMED,
                 )  # fmt: skip
+                # sum_n d log E is 0, so any constant may be taken off P: off near its maximum, less cancels
+                d_tau1 += tl.sum((share - largest[:, None]) * d_logits, 0)
                 if ONE_TILE:
                     inner = tl.sum(share * d_logits, 0)
-                    d_tau1 += inner
                 else:
                     inner = g * _normaliser(inners + slot * patches, start, patches, PATCHES, ONE_TILE)
-                    d_tau1 += tl.where(t == 0, inner, 0.0)
                 d_products = tau1 * share * (d_logits - inner[None, :])
                 d_words = _multiply(d_products, c, d_words, ROUNDED, MULTIPLIED)
                 here = _tile(d_image, slot * tl.cdiv(patches, PATCHES) + start // PATCHES, WIDTH, PATCHES)
@@ -513,8 +514,9 @@ def _config(device: torch.device, dtype: torch.dtype, words: int, width: int, ba
     rows, patches, warps = _TILES[min(major, 10)][backward]
     if major == 9 and words <= 64:  # the rows of one warpgroup
         rows, warps = 64, 4
+    stages = 2
     if major == 9 and backward and not 64 < words <= rows:
-        patches = 16
+        patches, stages = 16, 2 if words <= rows else 1
     half = dtype == torch.bfloat16
     return {
         "PATCHES": patches,
@@ -525,7 +527,7 @@ def _config(device: torch.device, dtype: torch.dtype, words: int, width: int, ba
         "MULTIPLIED": tl.bfloat16 if half and not INTERPRETED else summed_in(dtype),
         "SUMMED": summed_in(dtype),
         "num_warps": warps,
-        "num_stages": 2,
+        "num_stages": stages,
     }
 
 
