@@ -49,7 +49,7 @@ def test_auto_asks_the_operation_what_its_kernels_take():
 def test_an_explicit_choice_never_falls_back(monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETED", False)
     x = torch.ones(2, 3)
-    with backend.use("triton"), pytest.raises(BackendUnavailable, match="contrastive runs on a GPU .* are on cpu"):
+    with backend.use("triton"), pytest.raises(BackendUnavailable, match=r"contrastive runs on a GPU .* are on cpu"):
         ops.contrastive(x, x, torch.tensor(1.0))
     with backend.use("reference"):
         assert ops.contrastive(x, x, torch.tensor(1.0)).isfinite()
