@@ -21,7 +21,7 @@ frozen.
 
 Of a row, forward moves 2 H values, its input and its output, and backward 3 H; they multiply it by 4 and 7 times
 H/2 x inner weights. At H = 768 in bf16 that is 192 FLOPs a byte, the balance of an H200. For gradients of the weights,
-slices of rows leave 4 inner + H/2 values a row in device memory, and four plain matrix products follow.
+slices of rows leave 4 inner + H/2 values a row in scratch memory, and four plain matrix products follow.
 
 The input is recomputed to the bit where o2 (inverse: e1) has the exponent of what it came from, else to its rounding,
 and then a ReLU may recompute to the other side of 0: seldom where an adapter adds a fraction of what is there.
@@ -206,7 +206,10 @@ def _keep(hidden, out, at, real, INNER: tl.constexpr, PIECE: tl.constexpr):
 def _through_relu(
     sums, hidden, at, real, SIGN: tl.constexpr, INNER: tl.constexpr, PIECE: tl.constexpr, MULTIPLIED: tl.constexpr
 ):  # fmt: skip
-    """The gradient by what went into the ReLU, of which `hidden` is the result, in memory."""
+    """The gradient by what went into the ReLU, of which `hidden` is the result, in memory.
+
+    A product with the mask, because with a select ptxas makes every wgmma of the kernel wait for the one before.
+    """
     gradient = ()
     for j in tl.static_range(len(sums)):
         inner = j * PIECE + tl.arange(0, _piece(j, INNER, PIECE))
@@ -231,7 +234,8 @@ def _forward(
 ):  # fmt: skip
     """new_a = a + SIGN P(b), new_b = b + SIGN Q(new_a): halves of rows [rows, 2 HALF].
 
-    `width` is HALF, not known when compiling: loops over it that are unrolled take more registers.
+    `width` is HALF, not known when compiling: loops over it that are unrolled take more registers, as do loops out of
+    which everything is moved that does not change: in the backward pass, and the two terms of an fp32 operand.
     """
     tl.assume(width > 0)
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -272,7 +276,7 @@ def _backward(
 
     The hidden layers and their gradients are left in rows of STRIDE_H, where a stage may overwrite what it has read;
     and unless `sums` [tiles, 2, HALF + INNER] is None, the sums over each tile's rows of d_a, d_h_q; d_new_b, d_h_p.
-    The stages, Q and P, are two: not known when compiling, for the registers' sake, as is `width`, which is HALF.
+    The stages, Q and P, are two, not known when compiling for the same reason as `width`.
     """
     tl.assume(width > 0)
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -399,8 +403,10 @@ def _backward_op(
     config = _config(out, inner, backward=True)
     summed = torch.promote_types(out.dtype, torch.float32)
     d_x = torch.empty_like(out) if for_x else out.new_empty(0)
-    d_p, d_q = ([torch.zeros_like(w, dtype=summed) for w in weights] for weights in (p, q))
-    size = max(1, min(rows, _SLICE) if for_weights else rows)
+    if for_weights:
+        d_p, d_q = ([torch.zeros_like(w, dtype=summed) for w in weights] for weights in (p, q))
+    scratch_needed = for_weights or inner > half
+    size = max(1, min(rows, _SLICE) if scratch_needed else rows)
     for start in range(0, rows, size):
         part = slice(start, start + size)
         new_a, new_b = _coupling(out[part].chunk(2, 1), inverse)
@@ -417,7 +423,7 @@ def _backward_op(
             if not for_x:
                 d_a, d_b = scratch[:, half:], None
             sums = out.new_empty(grid[0], 2, half + inner, dtype=summed)
-        if for_weights or inner > half:
+        if scratch_needed:
             hidden = out.new_empty(4, count, inner).unbind()
         launch(
             _backward, grid, new_a, new_b, d_new_a, d_new_b, b, d_a, d_b, *hidden, sums, *p[:3], *q, count, half, 2,
@@ -432,8 +438,11 @@ def _backward_op(
             more_q = d_h_q.T @ new_a, sum_d_h_q, sign * (d_new_b.T @ h_q), sign * sum_d_new_b
             for total, more in zip((*d_p, *d_q), (*more_p, *more_q), strict=True):
                 total += more
+    d_x = d_x.view(shape if for_x else 0)
+    if not for_weights:
+        return [d_x, *(out.new_empty(0) for _ in range(8))]
     d_f, d_g = _coupling((d_p, d_q), inverse)
-    return [d_x.view(shape if for_x else 0), *(w.to(out.dtype) if for_weights else out.new_empty(0) for w in d_f + d_g)]
+    return [d_x, *(w.to(out.dtype) for w in d_f + d_g)]
 
 
 @_backward_op.register_fake
@@ -450,7 +459,6 @@ def _setup_context(ctx, inputs, output) -> None:
 def _gradient(ctx, grad):
     out, *weights = ctx.saved_tensors
     for_x, for_f, for_g, _inverse = ctx.needs_input_grad
-
     for_weights = any(for_f) or any(for_g)
     d_x, *d_weights = _backward_op(grad, out, weights[:4], weights[4:], ctx.inverse, for_x, for_weights)
     if not for_weights:
