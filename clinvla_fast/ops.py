@@ -174,7 +174,8 @@ def local_alignment(
         [I, J] in float32 (float64 for float64 features), to float32's accuracy also for bfloat16 features.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit, or features are wider than the Triton kernels hold (256).
+        ValueError: if shapes or dtypes do not fit, or `triton` was asked for and its kernels do not take such features:
+            on a GPU they take bfloat16 up to 128 wide.
     """
     _local_alignment.check(image, image_mask, text, text_mask)
     operation = implementation(_local_alignment, image)

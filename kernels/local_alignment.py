@@ -458,6 +458,8 @@ def _backward(
         shorter += g * beside
         d_words += along[:, None] * context
         high, low = _split(context, ROUNDED, MULTIPLIED)
+        # Runs once. Left operands of a product stay in registers unless they are a loop's arguments: as such they go to
+        # shared memory, and nothing spills. Nor are invariants hoisted, which would hold registers throughout.
         for _once in tl.range(0, tl.minimum(patches, 1), disable_licm=True):
             for start in tl.range(0, patches, PATCHES, num_stages=1, disable_licm=True):
                 c, real_patch = _load(image, image_mask, i, start, patches, width, PATCHES, WIDTH, MULTIPLIED)
@@ -498,7 +500,7 @@ def _backward(
 
 
 _IMAGES_FORWARD = 8  # that pass a tile of words
-_IMAGES_BACKWARD, _BLOCKS, _REPORTS = 8, 4, 64  # images a program, programs along the images and along the reports
+_IMAGES_BACKWARD, _BLOCKS, _REPORTS = 8, 4, 64  # a window of pairs: images a program, programs a way and the other
 
 
 _TILES = {  # by major compute capability: words, patches, warps, forward and backward
