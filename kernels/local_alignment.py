@@ -40,7 +40,8 @@ from triton import cdiv, jit, next_power_of_2
 from .launch import INTERPRETED, launch, summed_in
 from .traffic import nbytes, register_byte_formula
 
-_BLOCK_ELEMENTS = 1 << 19
+_BLOCK_ELEMENTS = 1 << 19  # of a block's S: what a CPU's cache holds
+_KEPT_ELEMENTS = 1 << 20  # of all pairs' S: up to here, what the forward pass made is kept for the backward pass
 _WIDEST = 128
 
 
@@ -96,20 +97,17 @@ def _contexts_of(
     return products, share, weights, context, cosine, inverse
 
 
-def _block_scores(
-    image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor, tau2: Tensor
-) -> Tensor:
-    """s for images [I, N, D] against reports [J, T, D]: [I, J]."""
-    *_, cosine, _ = _contexts_of(image, image_mask, text, text_mask, tau1)
+def _block_scores(cosine: Tensor, text_mask: Tensor, tau2: Tensor) -> Tensor:
+    """s from the cosines [I, J, T]: [I, J]."""
     return (tau2 * cosine).masked_fill_(~text_mask, -torch.inf).logsumexp(-1)
 
 
 def _block_gradients(
-    grad: Tensor, score: Tensor, image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor,
+    parts: tuple[Tensor, ...], grad: Tensor, score: Tensor, image: Tensor, text: Tensor, text_mask: Tensor,
     tau1: Tensor, tau2: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """d image, d text, d tau1 and d tau2 of the sum of grad * s, both [I, J]; see the formulas above."""
-    products, share, weights, context, cosine, inverse = _contexts_of(image, image_mask, text, text_mask, tau1)
+    """d image, d text, d tau1 and d tau2 of the sum of grad * s, both [I, J], from what `_contexts_of` found."""
+    products, share, weights, context, cosine, inverse = parts
     words = text.flatten(0, 1)
     chosen = torch.exp(tau2 * cosine - score[..., None]).masked_fill_(~text_mask, 0) * grad[..., None]
     along = tau2 * chosen * inverse
@@ -137,16 +135,21 @@ def _blocks(mask: Tensor, size: int) -> list[tuple[Tensor, int]]:
 
 
 class _Blocked(torch.autograd.Function):
-    """s [I, J] block by block; the backward pass computes each block again."""
+    """s [I, J] block by block; the backward pass computes each block again, unless all of them are small."""
 
     @staticmethod
     def forward(ctx, image, image_mask, text, text_mask, tau1, tau2):
         side = max(1, math.isqrt(_BLOCK_ELEMENTS // max(1, image.shape[1] * text.shape[1])))
         scores = image.new_empty(len(image), len(text))
+        ctx.kept = []
+        small = scores.numel() * image.shape[1] * text.shape[1] <= _KEPT_ELEMENTS
         for i, images in _blocks(image_mask, side):
             for j, reports in _blocks(text_mask, side):
                 block = image[i, :images], image_mask[i, :images], text[j, :reports], text_mask[j, :reports]
-                scores[i[:, None], j] = _block_scores(*block, tau1, tau2)
+                parts = _contexts_of(*block, tau1)
+                scores[i[:, None], j] = _block_scores(parts[4], block[3], tau2)
+                if small:
+                    ctx.kept.append(parts)
         ctx.save_for_backward(scores, image, image_mask, text, text_mask, tau1, tau2)
         ctx.side = side
         return scores
@@ -157,11 +160,16 @@ class _Blocked(torch.autograd.Function):
         scores, image, image_mask, text, text_mask, tau1, tau2 = ctx.saved_tensors
         d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
         d_tau1, d_tau2 = torch.zeros_like(tau1), torch.zeros_like(tau2)
+        number = 0
         for i, images in _blocks(image_mask, ctx.side):
             for j, reports in _blocks(text_mask, ctx.side):
                 block = image[i, :images], image_mask[i, :images], text[j, :reports], text_mask[j, :reports]
                 pairs = i[:, None], j
-                by_image, by_text, by_tau1, by_tau2 = _block_gradients(grad[pairs], scores[pairs], *block, tau1, tau2)
+                parts = ctx.kept[number] if ctx.kept else _contexts_of(*block, tau1)
+                number += 1
+                by_image, by_text, by_tau1, by_tau2 = _block_gradients(
+                    parts, grad[pairs], scores[pairs], block[0], *block[2:], tau1, tau2
+                )
                 d_image[i, :images] += by_image
                 d_text[j, :reports] += by_text
                 d_tau1 += by_tau1
