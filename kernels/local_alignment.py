@@ -11,8 +11,9 @@ For image i with patch features C [N, D] and report j with word features W [T, D
 Two identities save work: cos does not see the length of c_t, so A needs no denominator; and W[t] . c_t is the sum over
 n of A[n, t] S[n, t], so the products of S serve twice.
 
-Reference: images and reports by length, in blocks small enough for a CPU's cache and cut to the longest of each; a
-block is recomputed in the backward pass. Little padding is computed, and what is held does not grow with the batch.
+Reference: images and reports of about one length, in blocks small enough for a CPU's cache and cut to the longest of
+each; a block is recomputed in the backward pass. Little padding is computed, and what is held does not grow with the
+batch.
 
 Kernels: a program holds a tile of a report's words and streams an image's patches past it, as attention streams keys
 past queries; S exists a tile at a time. The softmax over the words lies inside a tile (when there are more words than
@@ -30,6 +31,7 @@ in fp32; where the other operand is computed (E, d c, d S), it goes through the 
 """
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 import triton.language as tl
@@ -38,10 +40,14 @@ from torch.utils.flop_counter import register_flop_formula
 from triton import cdiv, jit, next_power_of_2
 
 from .launch import INTERPRETED, launch, summed_in
+from .onednn import bmm, matmul
 from .traffic import nbytes, register_byte_formula
 
 _BLOCK_ELEMENTS = 1 << 19  # of a block's S: what a CPU's cache holds
-_KEPT_ELEMENTS = 1 << 20  # of all pairs' S: up to here, what the forward pass made is kept for the backward pass
+_DENSE_ELEMENTS = 1 << 17  # of all pairs' S: up to here, calls cost more than what they compute
+_KEPT_ELEMENTS = 1 << 24  # up to here, the backward pass has what the forward pass made
+_PADDED = 1.25  # the longest of a block is at most so many times its shortest
+_MASKED = -1e30  # S of a word that is none: its share is 0, and it times 0 is 0
 _WIDEST = 128
 
 
@@ -79,102 +85,201 @@ def word_contexts(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Te
 
 
 def _contexts_of(
-    image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of images [I, N, D] and reports [J, T, D]: S, P and E [I, N, J, T]; c_t [I, J, T, D] times A's denominator; its
-    cosine with W[t] and 1 / |W||c| [I, J, T]."""
+    image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor | None, tau1: Tensor
+) -> tuple[Tensor, ...]:
+    """Of images [I, N, D] and reports [J, T, D]: S, P and E [I, N, J, T]; c_t times A's denominator, transposed
+    [I, D, JT], and its square length [I, JT]; its cosine with W[t] and 1 / |W||c| [I, J, T]."""
     words = text.flatten(0, 1)
-    products = (image @ words.mT).unflatten(-1, text_mask.shape)
-    share = (products if text_mask.all() else products.masked_fill(~text_mask, -torch.inf)).softmax(-1)
-    logits = share * tau1
-    if not image_mask.all():
-        logits.masked_fill_(~image_mask[..., None, None], -torch.inf)
-    weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
-    context = weights.flatten(2).mT @ image
-    length = (context.norm(dim=-1) * words.norm(dim=-1)).unflatten(-1, text_mask.shape)
+    masked = None if text_mask is None else torch.where(text_mask, 0.0, _MASKED).to(text.dtype).flatten()
+    products = matmul(image.flatten(0, 1), words.mT, masked).view(*image.shape[:2], *text.shape[:2])
+    share = products.softmax(-1)
+    weights = share * tau1
+    if image_mask is not None:
+        weights.masked_fill_(~image_mask[..., None, None], -torch.inf)
+    weights.sub_(weights.amax(1, keepdim=True)).exp_()
+    context = bmm(image.mT, weights.flatten(2))
+    size = context.square().sum(1)
+    length = (size * words.square().sum(1)).sqrt_().view(len(image), *text.shape[:2])
     inverse = torch.where(length > 0, 1 / length, 0)
-    cosine = torch.linalg.vecdot(words, context).unflatten(-1, text_mask.shape) * inverse
-    return products, share, weights, context, cosine, inverse
-
-
-def _block_scores(cosine: Tensor, text_mask: Tensor, tau2: Tensor) -> Tensor:
-    """s from the cosines [I, J, T]: [I, J]."""
-    return (tau2 * cosine).masked_fill_(~text_mask, -torch.inf).logsumexp(-1)
+    cosine = (context * words.mT).sum(1).view_as(inverse).mul_(inverse)
+    return products, share, weights, context, size, cosine, inverse
 
 
 def _block_gradients(
-    parts: tuple[Tensor, ...], grad: Tensor, score: Tensor, image: Tensor, text: Tensor, text_mask: Tensor,
+    grad: Tensor, score: Tensor, parts: tuple[Tensor, ...], image: Tensor, text: Tensor, text_mask: Tensor | None,
     tau1: Tensor, tau2: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """d image, d text, d tau1 and d tau2 of the sum of grad * s, both [I, J], from what `_contexts_of` found."""
-    products, share, weights, context, cosine, inverse = parts
-    words = text.flatten(0, 1)
-    chosen = torch.exp(tau2 * cosine - score[..., None]).masked_fill_(~text_mask, 0) * grad[..., None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """d image, d text less `beside` times text, `beside` [J, T], d tau1 and d tau2 of the sum of grad * s, both [I, J];
+    from what `_contexts_of` found."""
+    products, share, weights, context, size, cosine, inverse = parts
+    words, patches = text.flatten(0, 1), image.flatten(0, 1)
+    chosen = torch.exp(tau2 * cosine - score[..., None]).mul_(grad[..., None])
+    if text_mask is not None:
+        chosen.masked_fill_(~text_mask, 0)
     along = tau2 * chosen * inverse
     across = (tau2 * chosen * cosine).flatten(1)
-    size = torch.where(across == 0, 1, context.square().sum(-1))
-    context_part = context * (-across / size)[..., None]
-    beside = (across / words.square().sum(-1)).nan_to_num_(0, 0, 0)
-    d_words = (along.flatten(1)[..., None] * context).sum(0) - beside.sum(0)[:, None] * words
-    toward = torch.baddbmm((products * along[:, None]).flatten(2), image, context_part.mT).view_as(products)
+    beside = (across.sum(0) / words.square().sum(-1)).nan_to_num_(0, 0, 0)
+    beyond = across.neg_().div_(size).nan_to_num_(0, 0, 0)
+    d_context = context * beyond[:, None]  # less its part along W[t], which goes with S
+    toward = bmm(image, d_context).view_as(products).addcmul_(products, along[:, None])
     toward.mul_(weights)  # d log E
-    inner = torch.linalg.vecdot(toward, share)
-    d_products = toward.sub_(inner[..., None]).mul_(share).mul_(tau1)
-    d_words = torch.addmm(d_words, d_products.flatten(0, 1).flatten(1).mT, image.flatten(0, 1))
-    d_image = weights.flatten(2) @ context_part
-    d_products.addcmul_(weights, along[:, None])
-    d_image += d_products.flatten(2) @ words
-    return d_image, d_words.view_as(text), inner.sum(), (chosen * cosine).sum()
+    inner = (toward * share).sum(-1)
+    d_products = toward.sub_(inner[..., None]).mul_(share).mul_(tau1).addcmul_(weights, along[:, None])
+    d_products = d_products.flatten(0, 1).flatten(1)
+    d_image = bmm(weights.flatten(2), d_context.mT).add_(matmul(d_products, words).view_as(image))
+    d_text = matmul(patches.mT, d_products).mT.view_as(text)
+    return d_image, d_text, beside.view_as(text[..., 0]), inner.sum(), (chosen * cosine).sum()
 
 
-def _blocks(mask: Tensor, size: int) -> list[tuple[Tensor, int]]:
-    """Rows of a mask [B, L] in blocks of `size` by length, each with the length of its longest."""
-    length, order = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).sort(stable=True)
-    blocks = zip(order.split(size), length.split(size), strict=True)
-    return [(rows, int(longest[-1])) for rows, longest in blocks if len(rows)]
+class _ByLength:
+    """Images or reports [B, L, D] sorted by length; `rows` are those they had, all where they were in order."""
+
+    def __init__(self, features: Tensor, mask: Tensor) -> None:
+        lengths, order = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).sort(stable=True)
+        self.lengths = lengths.tolist()
+        self.rows = slice(None) if order.equal(torch.arange(len(mask), device=mask.device)) else order
+        self.features, self.mask = features[self.rows], mask[self.rows]
+        self.filled = (self.mask.sum(1) == lengths).tolist()
+
+    def groups(self, most: int) -> Iterator[tuple[tuple[slice, slice], tuple[Tensor, Tensor | None]]]:
+        """One to `most` of nearly the same length: their rows and slots among the sorted; features, and their mask,
+        None where every slot is filled."""
+        start, last = 0, len(self.lengths)
+        most = cdiv(last, cdiv(last, most) or 1)  # of about one size
+        for end in range(1, last + 1):
+            if end in (last, start + most) or self.lengths[end] > _PADDED * self.lengths[start]:
+                here = slice(start, end), slice(self.lengths[end - 1])
+                filled = self.lengths[start] == self.lengths[end - 1] and all(self.filled[start:end])
+                yield here, (self.features[here], None if filled else self.mask[here])
+                start = end
+
+    def restored(self, x: Tensor) -> Tensor:
+        """The rows of a sorted tensor where they were before."""
+        return x if isinstance(self.rows, slice) else torch.empty_like(x).index_copy_(0, self.rows, x)
 
 
-class _Blocked(torch.autograd.Function):
-    """s [I, J] block by block; the backward pass computes each block again, unless all of them are small."""
+def _blocks(images: _ByLength, reports: _ByLength) -> Iterator[tuple]:
+    """Every image with every report once, in blocks with few elements of S: where images and reports lie, and both."""
+    pairs = max(1, _BLOCK_ELEMENTS // max(1, images.mask.shape[1] * reports.mask.shape[1]))
+    for j, text in reports.groups(pairs):
+        for i, image in images.groups(pairs // len(text[0])):
+            yield i, j, (*image, *text)
+
+
+def _scores_and_parts(
+    images: _ByLength, reports: _ByLength, tau1: Tensor, tau2: Tensor, kept: list[tuple[Tensor, ...]] | None = None
+) -> Tensor:
+    """s [I, J]; what `_contexts_of` finds in each block is added to `kept`."""
+    scores = images.features.new_empty(len(images.features), len(reports.features))
+    for i, j, block in _blocks(images, reports):
+        parts = _contexts_of(*block, tau1)
+        logits, real = parts[5] * tau2, block[3]
+        scores[i[0], j[0]] = (logits if real is None else logits.masked_fill_(~real, -torch.inf)).logsumexp(-1)
+        if kept is not None:
+            kept.append(parts)
+    return reports.restored(images.restored(scores).mT).mT.contiguous()
+
+
+def _gradients_from(
+    images: _ByLength, reports: _ByLength, kept: list[tuple[Tensor, ...]], grad: Tensor, scores: Tensor, tau1: Tensor,
+    tau2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """d image, d text, d tau1 and d tau2, each block from what was kept of it, or made again."""
+    grad, scores = (x[images.rows][:, reports.rows] for x in (grad, scores))
+    d_image, d_text = torch.zeros_like(images.features), torch.zeros_like(reports.features)
+    d_length = torch.zeros_like(reports.features[..., 0])
+    d_tau1, d_tau2 = torch.zeros_like(tau1), torch.zeros_like(tau2)
+    for number, (i, j, block) in enumerate(_blocks(images, reports)):
+        parts = kept[number] if kept else _contexts_of(*block, tau1)
+        pairs = i[0], j[0]
+        by_image, by_text, beside, by_tau1, by_tau2 = _block_gradients(
+            grad[pairs], scores[pairs], parts, block[0], *block[2:], tau1, tau2
+        )
+        d_image[i] += by_image
+        d_text[j] += by_text
+        d_length[j] += beside
+        d_tau1 += by_tau1
+        d_tau2 += by_tau2
+    d_text.addcmul_(d_length[..., None], reports.features, value=-1)
+    return images.restored(d_image), reports.restored(d_text), d_tau1, d_tau2
+
+
+def _blocked(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor, tau2: Tensor) -> Tensor:
+    return _scores_and_parts(_ByLength(image, image_mask), _ByLength(text, text_mask), tau1, tau2)
+
+
+def _blocked_backward(
+    grad: Tensor,
+    scores: Tensor,
+    image: Tensor,
+    image_mask: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    tau1: Tensor,
+    tau2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _gradients_from(_ByLength(image, image_mask), _ByLength(text, text_mask), [], grad, scores, tau1, tau2)
+
+
+class _Kept(torch.autograd.Function):
+    """The blocks of a small batch, which its backward pass need not compute again."""
 
     @staticmethod
     def forward(ctx, image, image_mask, text, text_mask, tau1, tau2):
-        side = max(1, math.isqrt(_BLOCK_ELEMENTS // max(1, image.shape[1] * text.shape[1])))
-        scores = image.new_empty(len(image), len(text))
-        ctx.kept = []
-        small = scores.numel() * image.shape[1] * text.shape[1] <= _KEPT_ELEMENTS
-        for i, images in _blocks(image_mask, side):
-            for j, reports in _blocks(text_mask, side):
-                block = image[i, :images], image_mask[i, :images], text[j, :reports], text_mask[j, :reports]
-                parts = _contexts_of(*block, tau1)
-                scores[i[:, None], j] = _block_scores(parts[4], block[3], tau2)
-                if small:
-                    ctx.kept.append(parts)
-        ctx.save_for_backward(scores, image, image_mask, text, text_mask, tau1, tau2)
-        ctx.side = side
+        ctx.kept = _ByLength(image, image_mask), _ByLength(text, text_mask), []
+        scores = _scores_and_parts(*ctx.kept[:2], tau1, tau2, ctx.kept[2])
+        ctx.save_for_backward(scores, tau1, tau2)
         return scores
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        scores, image, image_mask, text, text_mask, tau1, tau2 = ctx.saved_tensors
-        d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
-        d_tau1, d_tau2 = torch.zeros_like(tau1), torch.zeros_like(tau2)
-        number = 0
-        for i, images in _blocks(image_mask, ctx.side):
-            for j, reports in _blocks(text_mask, ctx.side):
-                block = image[i, :images], image_mask[i, :images], text[j, :reports], text_mask[j, :reports]
-                pairs = i[:, None], j
-                parts = ctx.kept[number] if ctx.kept else _contexts_of(*block, tau1)
-                number += 1
-                by_image, by_text, by_tau1, by_tau2 = _block_gradients(
-                    parts, grad[pairs], scores[pairs], block[0], *block[2:], tau1, tau2
-                )
-                d_image[i, :images] += by_image
-                d_text[j, :reports] += by_text
-                d_tau1 += by_tau1
-                d_tau2 += by_tau2
+        d_image, d_text, d_tau1, d_tau2 = _gradients_from(*ctx.kept, grad, *ctx.saved_tensors)
         return d_image, None, d_text, None, d_tau1, d_tau2
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(output, *inputs)
+
+
+def _gradients_by(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """What autograd asks of an operator whose gradients are in the dtype of its scores."""
+
+    def gradients(ctx, grad):
+        scores, image, image_mask, text, text_mask, tau1, tau2 = ctx.saved_tensors
+        d_image, d_text, d_tau1, d_tau2 = backward(grad, scores, image, image_mask, text, text_mask, tau1, tau2)
+        return d_image.to(image.dtype), None, d_text.to(text.dtype), None, d_tau1, d_tau2
+
+    return gradients
+
+
+_blocked_op = torch.library.custom_op("clinvla_fast::local_alignment_blocked", _blocked, mutates_args=())
+_blocked_backward_op = torch.library.custom_op(
+    "clinvla_fast::local_alignment_blocked_backward", _blocked_backward, mutates_args=()
+)
+_blocked_op.register_autograd(_gradients_by(_blocked_backward_op), setup_context=_save)
+
+
+@_blocked_op.register_fake
+def _(image, image_mask, text, text_mask, tau1, tau2):
+    return image.new_empty(len(image), len(text))
+
+
+@_blocked_backward_op.register_fake
+def _(grad, scores, image, image_mask, text, text_mask, tau1, tau2):
+    return tuple(torch.empty_like(x) for x in (image, text, tau1, tau2))
+
+
+def _dense(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor, tau2: Tensor) -> Tensor:
+    """s, and all that is needed for it at once: quickest where that is little."""
+    words, pairs = text.flatten(0, 1), (len(image), *text_mask.shape)
+    products = (image.flatten(0, 1) @ words.mT).unflatten(0, image_mask.shape).unflatten(-1, text_mask.shape)
+    share = products.masked_fill(~text_mask, _MASKED).softmax(-1)
+    attention = (tau1 * share).masked_fill(~image_mask[..., None, None], _MASKED).softmax(1)
+    context = attention.flatten(2).mT @ image
+    length = context.norm(dim=-1) * words.norm(dim=-1)
+    cosine = torch.linalg.vecdot(words, context) / torch.where(length > 0, length, torch.inf)
+    return (tau2 * cosine).view(pairs).masked_fill(~text_mask, -torch.inf).logsumexp(-1)
 
 
 def reference(
@@ -187,7 +292,11 @@ def reference(
     tau3: Tensor,
 ) -> Tensor:
     image, text, tau1, tau2, tau3 = (x.to(_real(image.dtype)) for x in (image, text, tau1, tau2, tau3))
-    return tau3 * _Blocked.apply(image, image_mask, text, text_mask, tau1, tau2)
+    elements = len(image) * len(text) * image.shape[1] * text.shape[1]
+    scores = _Kept.apply if elements <= _KEPT_ELEMENTS and not torch.compiler.is_compiling() else _blocked_op
+    if elements <= _DENSE_ELEMENTS:
+        scores = _dense
+    return tau3 * scores(image, image_mask, text, text_mask, tau1, tau2)
 
 
 # Triton. Names: words are the rows of a tile, patches its columns.
@@ -626,17 +735,7 @@ def _(grad, scores, image, image_mask, text, text_mask, tau1, tau2):
     return scores.new_empty(image.shape), scores.new_empty(text.shape), scores.new_empty(()), scores.new_empty(())
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(output, *inputs)
-
-
-def _gradients(ctx, grad):
-    scores, image, image_mask, text, text_mask, tau1, tau2 = ctx.saved_tensors
-    d_image, d_text, d_tau1, d_tau2 = _backward_op(grad, scores, image, image_mask, text, text_mask, tau1, tau2)
-    return d_image.to(image.dtype), None, d_text.to(text.dtype), None, d_tau1, d_tau2
-
-
-_scores_op.register_autograd(_gradients, setup_context=_save)
+_scores_op.register_autograd(_gradients_by(_backward_op), setup_context=_save)
 
 
 def supports(image: Tensor) -> bool:
@@ -662,22 +761,24 @@ def triton(
     return tau3 * _scores_op(image, image_mask, text, text_mask, tau1, tau2)
 
 
-@register_flop_formula(torch.ops.clinvla_fast.local_alignment)
+@register_flop_formula([torch.ops.clinvla_fast.local_alignment, torch.ops.clinvla_fast.local_alignment_blocked])
 def _forward_flops(image, image_mask, text, text_mask, tau1, tau2, out_shape=None, **_) -> int:
     """S and the contexts."""
     (images, patches, width), (reports, words, _) = image, text
     return 2 * 2 * images * reports * patches * words * width
 
 
-@register_flop_formula(torch.ops.clinvla_fast.local_alignment_backward)
+@register_flop_formula(
+    [torch.ops.clinvla_fast.local_alignment_backward, torch.ops.clinvla_fast.local_alignment_blocked_backward]
+)
 def _backward_flops(grad, scores, image, image_mask, text, text_mask, tau1, tau2, out_shape=None, **_) -> int:
     """Both again, and two for each of their gradients."""
     return 3 * _forward_flops(image, image_mask, text, text_mask, tau1, tau2)
 
 
-@register_byte_formula(torch.ops.clinvla_fast.local_alignment)
-def _forward_bytes(*inputs, out) -> int:
+def _bytes(*inputs, out) -> int:
     return nbytes(inputs, out)
 
 
-register_byte_formula(torch.ops.clinvla_fast.local_alignment_backward)(_forward_bytes)
+for _operator in ("", "_backward", "_blocked", "_blocked_backward"):
+    register_byte_formula(getattr(torch.ops.clinvla_fast, f"local_alignment{_operator}"))(_bytes)
