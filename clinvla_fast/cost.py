@@ -11,7 +11,7 @@ from .study import StudyBatch
 def parameters(model: ClinVLA) -> dict[str, int]:
     """Parameters in all and those that are trained."""
     return {
-        "total": sum(p.numel() for p in model.parameters()),
+        "total": sum(x.numel() for x in model.state_dict().values()),
         "trainable": sum(p.numel() for p in model.trainable().values()),
     }
 

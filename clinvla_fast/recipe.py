@@ -15,6 +15,7 @@ class Recipe:
 
     objective: Objective = "contrastive"
     adapters: tuple[str, ...] = ("invertible", "language", "task")
+    adapter_blocks: tuple[int, ...] | None = None  # of both towers, from 0; None: every block
     bottleneck: int = 64
     width: int = 128  # of the shared embedding space: chosen
     keep: float = 0.25  # share of patches seen in training

@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.nn.functional import linear, relu
+from torch.nn.functional import relu
+
+from .onednn import linear
 
 
 class Bottleneck(NamedTuple):

@@ -1,33 +1,127 @@
 """Matrix products on a CPU through oneDNN, which runs them at the machine's rate where PyTorch's default does not.
 
-PyTorch hands float32 products to MKL; on AMD processors that leaves half of AVX-512 unused.
+PyTorch hands float32 products to MKL; on AMD processors that leaves half of AVX-512 unused. oneDNN also applies a
+linear layer's bias and GELU while it writes.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _WORTH_A_CALL = 10_000_000  # FLOPs: oneDNN's call of 20 microseconds is then made up for
-_linear_op = torch.ops.mkldnn._linear_pointwise
+_ROWS = 512  # for which a weight is packed: how many there are matters little
+_DTYPES: tuple[torch.dtype, ...] = ()
+if torch.backends.mkldnn.is_available():
+    _DTYPES = (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
 
 
-def _taken(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.is_cpu and torch.backends.mkldnn.is_available()
+def taken(x: Tensor) -> bool:
+    """Whether products with x go through oneDNN."""
+    return x.is_cpu and x.dtype in _DTYPES
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """x W^T + b, through an exact GELU if asked for."""
+    if not x.numel():  # oneDNN knows no empty products
+        return functional.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a [M, K] times b [K, N], and bias [N]: [M, N]. b is as good transposed; a is copied unless its rows are dense."""
-    return _linear_op(a, b.mT, bias, "none", [], "") if _taken(a) else torch.nn.functional.linear(a, b.mT, bias)
+    """a [M, K] times b [K, N], and bias [N]: [M, N]. b is as good transposed; a is copied unless its rows are dense.
+
+    Not differentiable.
+    """
+    return _run(a, b.mT, bias) if taken(a) else functional.linear(a, b.mT, bias)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """a [B, M, K] times b [B, K, N]: [B, M, N], one after the other where that is worth a call each."""
-    if _taken(a) and 2 * a.shape[1] * a.shape[2] * b.shape[2] >= _WORTH_A_CALL:
+    if taken(a) and 2 * a.shape[1] * a.shape[2] * b.shape[2] >= _WORTH_A_CALL:
         return torch.stack([matmul(x, y) for x, y in zip(a, b, strict=True)])
     return a @ b
 
 
-@register_flop_formula(_linear_op)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """torch.nn.functional.linear of x [..., K], and the exact GELU of it if asked for.
+
+    Gradients are computed only for what needs them: a frozen weight costs nothing.
+    """
+    if not taken(x) or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        out = functional.linear(x, weight, bias)
+        return functional.gelu(out) if gelu else out
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None)
+    out = _linear_op(x, weight, bias, gelu and not trained)  # with gradients, GELU needs what goes into it
+    return functional.gelu(out) if gelu and trained else out
+
+
+@torch.library.custom_op("clinvla_fast::linear", mutates_args=())
+def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    frozen = x.numel() and not weight.requires_grad
+    return _run(x, _packed(weight) if frozen else weight, bias, gelu)
+
+
+@_linear_op.register_fake
+def _(x, weight, bias, gelu):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+_packs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """A frozen weight as oneDNN wants it, packed once (again if it was written to); it goes when the weight goes."""
+    version = 0 if weight.is_inference() else weight._version
+    known = _packs.get(weight)
+    if known is None or known[0] != version:
+        known = version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+        _packs[weight] = known
+    return known[1]
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, _ = inputs
+    ctx.save_for_backward(x if weight.requires_grad else None, weight)
+
+
+def _gradients(ctx, grad):
+    x, weight = ctx.saved_tensors
+    by_x, by_weight, by_bias, _ = ctx.needs_input_grad
+    rows = grad.flatten(0, -2)
+    return (
+        _by_input_op(grad, weight) if by_x else None,
+        _by_input_op(rows.mT, x.flatten(0, -2)) if by_weight else None,
+        rows.sum(0) if by_bias else None,
+        None,
+    )
+
+
+_linear_op.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("clinvla_fast::linear_backward", mutates_args=())
+def _by_input_op(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad W for rows of grad."""
+    return _run(grad, weight.mT, None)
+
+
+@_by_input_op.register_fake
+def _(grad, weight):
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
+@register_flop_formula(torch.ops.clinvla_fast.linear)
 def _flops(x, weight, *_, out_shape=None, **__) -> int:
     """Two for each product of a row [..., K] with a weight [N, K]."""
     return 2 * torch.Size(x).numel() * weight[0]
+
+
+@register_flop_formula(torch.ops.clinvla_fast.linear_backward)
+def _backward_flops(grad, weight, out_shape=None, **_) -> int:
+    return 2 * torch.Size(grad).numel() * weight[1]
+
+
+if _DTYPES:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)

@@ -46,12 +46,13 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, linear, relu
+from torch.nn.functional import gelu, layer_norm, relu
 from torch.utils.flop_counter import register_flop_formula
 from triton import cdiv, jit, next_power_of_2
 
 from .bottleneck import Bottleneck
 from .launch import INTERPRETED, launch, multiplied_in, summed_in
+from .onednn import linear
 from .traffic import nbytes, register_byte_formula
 
 ACTIVATIONS = {"relu": relu, "gelu": gelu}

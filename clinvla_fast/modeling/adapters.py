@@ -1,5 +1,6 @@
 """The trainable modules inside the frozen towers."""
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -20,8 +21,10 @@ class Bottleneck(nn.Module):
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
-    def parts(self) -> ops.Bottleneck:
-        return ops.Bottleneck(self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+    def parts(self, dtype: torch.dtype) -> ops.Bottleneck:
+        """The weights in the dtype that the tower computes in; those that are trained stay as they are."""
+        weights = (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        return ops.Bottleneck(*(w.to(dtype) for w in weights))
 
 
 class InvertibleAdapter(nn.Module):
@@ -39,10 +42,10 @@ class InvertibleAdapter(nn.Module):
         self.g = Bottleneck(width // 2, width // 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.invertible_adapter(x, self.f.parts(), self.g.parts())
+        return ops.invertible_adapter(x, self.f.parts(x.dtype), self.g.parts(x.dtype))
 
     def inverse(self, x: Tensor) -> Tensor:
-        return ops.invertible_adapter(x, self.f.parts(), self.g.parts(), inverse=True)
+        return ops.invertible_adapter(x, self.f.parts(x.dtype), self.g.parts(x.dtype), inverse=True)
 
 
 class TransformerAdapt(nn.Module):
@@ -55,14 +58,33 @@ class TransformerAdapt(nn.Module):
         self.task: Bottleneck | None = None
 
     def add(self, recipe: Recipe) -> None:
+        """New adapters, as a recipe has them."""
         if "language" in recipe.adapters:
             self.language = Bottleneck(self.width, recipe.bottleneck)
         if "task" in recipe.adapters:
             self.task = Bottleneck(self.width, recipe.bottleneck)
 
     def forward(self, ffn: Tensor, residual: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
-        language = self.language and self.language.parts()
-        task = self.task and self.task.parts()
+        language = self.language and self.language.parts(ffn.dtype)
+        task = self.task and self.task.parts(ffn.dtype)
         if norm is None:
             return ops.transformer_adapt(ffn, residual, language, task)
         return ops.transformer_adapt(ffn, residual, language, task, norm.weight, norm.bias, norm.eps)
+
+
+def add_adapters(adapts: nn.ModuleList, recipe: Recipe, width: int) -> InvertibleAdapter | None:
+    """Put a recipe's adapters into the blocks that it names, and return that of the embeddings, if it has one.
+
+    Adapters that start higher up leave the embeddings alone: the backward pass ends at the first adapter.
+
+    Raises:
+        ValueError: if the recipe names a block that the tower has not.
+    """
+    blocks = range(len(adapts)) if recipe.adapter_blocks is None else recipe.adapter_blocks
+    if not blocks or not set(blocks) <= set(range(len(adapts))):
+        found = ", ".join(map(str, blocks)) or "none"
+        raise ValueError(f"adapter blocks are {found}: expected some of 0 to {len(adapts) - 1}, which the tower has.")
+    for block in blocks:
+        adapts[block].add(recipe)
+    whole = min(blocks) == 0 and "invertible" in recipe.adapters
+    return InvertibleAdapter(width) if whole else None

@@ -23,6 +23,7 @@ from ..objectives import Alignment
 from ..recipe import Recipe
 from ..run import replacing
 from ..study import VIEWS, Embeddings, StudyBatch
+from .frozen import freeze
 from .packing import Packing
 from .towers import load_text, load_vision
 
@@ -35,13 +36,17 @@ class ProjectionHead(nn.Sequential):
     def __init__(self, width: int, shared: int):
         super().__init__(nn.Linear(width, shared), nn.GELU(), nn.LayerNorm(shared), nn.Linear(shared, shared))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """In the dtype of its own weights, whatever the tower computes in."""
+        return super().forward(x.to(self[0].weight.dtype))
+
     @torch.no_grad()
     def standardise(self, x: Tensor) -> None:
         """Scale and shift a new head's first layer so that features like x [n, width] leave it with mean 0 and
         variance 1 (Salimans and Kingma 2016). A frozen tower's CLS tokens differ little from study to study; without
         this, a head maps all of them to nearly one point and the first epochs go into pulling them apart."""
         first = self[0]
-        out = first(x)
+        out = first(x.to(first.weight.dtype))
         scale = out.std(0).clamp(min=1e-6).reciprocal()
         first.bias.copy_((first.bias - out.mean(0)) * scale)
         first.weight.mul_(scale[:, None])
@@ -54,19 +59,21 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         vision: an image tower: see `load_vision`.
         text: a report tower: see `load_text`.
         recipe: which adapters, of which size; the shared width; the objective.
+        dtype: what the towers are stored and compute in; None: as they were saved. All that is trained, and what comes
+            out, is float32 (but local embeddings, which are the many, are in dtype).
 
     Raises:
         TowerUnavailable: if a tower's weights cannot be had.
     """
 
-    def __init__(self, vision: str, text: str, recipe: Recipe | None = None):
+    def __init__(self, vision: str, text: str, recipe: Recipe | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.recipe = recipe or Recipe()
         self.tower_names = {"vision": str(vision), "text": str(text)}
         self.vision = load_vision(str(vision))
         self.text, self.tokenizer = load_text(str(text))
         for tower in (self.vision.vit, self.text.bert):
-            tower.requires_grad_(False)
+            freeze(tower, dtype)
         self.vision.add_adapters(self.recipe)
         self.text.add_adapters(self.recipe)
         shared = self.recipe.width
@@ -117,13 +124,14 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         views = present.sum(1)
         pooled = self.image_global(self._mean_cls(tokens, present)) * (views > 0)[:, None]
         packing = Packing.of(views.cpu(), images.device)
-        local = packing.pad(self.image_local(tokens[:, 1:])).flatten(1, 2)
+        local = packing.pad(self.image_local(tokens[:, 1:]).to(tokens.dtype)).flatten(1, 2)
         return pooled, local, packing.mask.repeat_interleave(tokens.shape[1] - 1, 1)
 
     @staticmethod
     def _mean_cls(tokens: Tensor, present: Tensor) -> Tensor:
         """Mean CLS token of each study's views: [B, width], zero without a view."""
-        sums = tokens.new_zeros(len(present), tokens.shape[-1]).index_add(0, present.nonzero()[:, 0], tokens[:, 0])
+        cls = tokens[:, 0].to(torch.promote_types(tokens.dtype, torch.float32))
+        sums = cls.new_zeros(len(present), cls.shape[-1]).index_add(0, present.nonzero()[:, 0], cls)
         return sums / present.sum(1).clamp(min=1)[:, None]
 
     def embed_reports(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +143,8 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         hidden = self.text(tokens, packing)
         columns = torch.arange(packing.mask.shape[1], device=tokens.device)
         words = (columns > 0) & (columns < (lengths.to(tokens.device) - 1)[:, None])
-        return self.text_global(hidden[packing.first]), packing.pad(self.text_local(hidden)), words
+        local = packing.pad(self.text_local(hidden).to(hidden.dtype))
+        return self.text_global(hidden[packing.first]), local, words
 
     # Use
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -12,7 +11,8 @@ class Packing:
     """Where each packed row lies in a padded [B, L] grid.
 
     slot: int64 [total], the packed row's place in the flattened grid; row, column: int64 [total], in the grid;
-    mask: bool [B, L], True where a sequence reaches; first: int64 [B], the packed row that each sequence starts at.
+    mask: bool [B, L], True where a sequence reaches; first: int64 [B], the packed row that each sequence starts at;
+    starts: int32 [1 + B], the same with the total at the end; lengths: int64 [B], on the CPU.
     """
 
     slot: Tensor
@@ -20,6 +20,8 @@ class Packing:
     column: Tensor
     mask: Tensor
     first: Tensor
+    starts: Tensor
+    lengths: Tensor
 
     @classmethod
     def of(cls, lengths: Tensor, device: torch.device | str) -> "Packing":
@@ -27,9 +29,11 @@ class Packing:
         longest = max(lengths.tolist(), default=0)
         mask = torch.arange(longest) < lengths[:, None]
         slot = mask.flatten().nonzero().squeeze(1)
-        first = lengths.cumsum(0) - lengths
+        ends = lengths.cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends]).int()
         width = max(longest, 1)
-        return cls(*(x.to(device) for x in (slot, slot // width, slot % width, mask, first)))
+        moved = (x.to(device) for x in (slot, slot // width, slot % width, mask, ends - lengths, starts))
+        return cls(*moved, lengths)
 
     def pad(self, rows: Tensor) -> Tensor:
         """Packed rows [total, ...] as [B, L, ...], zero where there is none."""
@@ -40,13 +44,3 @@ class Packing:
     def pack(self, grid: Tensor) -> Tensor:
         """The inverse of `pad`: [B, L, ...] to [total, ...]."""
         return grid.flatten(0, 1)[self.slot]
-
-
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
-    """Attention of packed sequences, each to itself: [total, heads, d] to [total, heads, d].
-
-    Only this product is padded, to the longest sequence of the batch.
-    """
-    query, key, value = (packing.pad(x).transpose(1, 2) for x in (query, key, value))
-    out = scaled_dot_product_attention(query, key, value, attn_mask=packing.mask[:, None, None])
-    return packing.pack(out.transpose(1, 2))

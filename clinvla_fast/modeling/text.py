@@ -4,16 +4,16 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from ..recipe import Recipe
-from .adapters import InvertibleAdapter, TransformerAdapt
-from .packing import Packing, packed_attention
+from .adapters import InvertibleAdapter, TransformerAdapt, add_adapters
+from .attention import attention
+from .packing import Packing
 
 
 def text_block(layer: nn.Module, adapt: TransformerAdapt, x: Tensor, packing: Packing) -> Tensor:
     """A post-norm BERT layer, its feed-forward end adapted: packed tokens [total, H] to the same."""
-    attention, output = layer.attention.self, layer.attention.output
-    projections = (attention.query, attention.key, attention.value)
-    q, k, v = (p(x).unflatten(-1, (attention.num_attention_heads, -1)) for p in projections)
-    x = output.LayerNorm(output.dense(packed_attention(q, k, v, packing).flatten(1)) + x)
+    own, output = layer.attention.self, layer.attention.output
+    q, k, v = (p(x).unflatten(-1, (own.num_attention_heads, -1)) for p in (own.query, own.key, own.value))
+    x = output.LayerNorm(output.dense(attention(q, k, v, packing).flatten(1)) + x)
     return adapt(layer.output.dense(layer.intermediate(x)), x, layer.output.LayerNorm)
 
 
@@ -32,10 +32,7 @@ class TextTower(nn.Module):
         self.invertible: InvertibleAdapter | None = None
 
     def add_adapters(self, recipe: Recipe) -> None:
-        if "invertible" in recipe.adapters:
-            self.invertible = InvertibleAdapter(self.width)
-        for adapt in self.adapts:
-            adapt.add(recipe)
+        self.invertible = add_adapters(self.adapts, recipe, self.width)
 
     @property
     def width(self) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..recipe import Recipe
 from ..study import VIEWS
-from .adapters import InvertibleAdapter, TransformerAdapt
+from .adapters import InvertibleAdapter, TransformerAdapt, add_adapters
 
 
 def vision_block(block: nn.Module, adapt: TransformerAdapt, x: Tensor) -> Tensor:
@@ -47,10 +47,10 @@ class VisionTower(nn.Module):
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
     def add_adapters(self, recipe: Recipe) -> None:
-        if "invertible" in recipe.adapters:
-            self.invertible = InvertibleAdapter(self.width)
-        for adapt in self.adapts:
-            adapt.add(recipe)
+        self.invertible = add_adapters(self.adapts, recipe, self.width)
+        if recipe.adapter_blocks is not None and min(recipe.adapter_blocks) > 0:
+            self.view_embedding.requires_grad_(False)
+            self.time_embedding.requires_grad_(False)
 
     @property
     def width(self) -> int:
@@ -86,10 +86,11 @@ class VisionTower(nn.Module):
         if images.shape[1] > len(VIEWS) or images.shape[2:] != (self.image_size, self.image_size):
             size = self.image_size
             raise ValueError(f"images are {tuple(images.shape)}: expected [B, up to {len(VIEWS)}, {size}, {size}].")
-        slots = (self.time_embedding[:, None] + self.view_embedding).flatten(0, 1)[: images.shape[1]]
         vit = self.vit
+        slots = (self.time_embedding[:, None] + self.view_embedding).flatten(0, 1)[: images.shape[1]]
         weights = vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, vit.pos_embed[0], vit.cls_token[0, 0]
-        x = ops.masked_patch_embed(images, present, *weights, slots, self.mean, self.std, kept).tokens
+        others = (x.to(weights[0].dtype) for x in (slots, self.mean, self.std))
+        x = ops.masked_patch_embed(images, present, *weights, *others, kept).tokens
         if self.invertible is not None:
             x = self.invertible(x)
         for block, adapt in zip(vit.blocks, self.adapts, strict=True):

@@ -12,8 +12,9 @@ from transformers import BertConfig, BertModel
 
 from clinvla_fast import Recipe, ops
 from clinvla_fast.data.tokenizer import tokenize_reports
+from clinvla_fast.modeling.attention import attention
 from clinvla_fast.modeling.masked_modeling import MaskedModeling
-from clinvla_fast.modeling.packing import Packing, packed_attention
+from clinvla_fast.modeling.packing import Packing
 from clinvla_fast.modeling.text import TextTower
 from clinvla_fast.modeling.towers import (
     TowerUnavailable,
@@ -373,7 +374,7 @@ def test_packing_round_trip(lengths):
 def test_packed_attention_is_attention_of_each_sequence():
     lengths = [3, 1, 6]
     query, key, value = torch.randn(3, 10, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    out = packed_attention(query, key, value, Packing.of(torch.tensor(lengths), "cpu"))
+    out = attention(query, key, value, Packing.of(torch.tensor(lengths), "cpu"))
     start = 0
     for n in lengths:
         q, k, v = (x[start : start + n].transpose(0, 1) for x in (query, key, value))

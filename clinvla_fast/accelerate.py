@@ -1,0 +1,179 @@
+"""Fast twins for models that people already have: swapped in place, and back.
+
+A twin is a subclass with a faster `forward`, and `accelerate` changes a module's class to it: parameters, buffers, keys
+of the state_dict, hooks and references stay what they were, and so does what copying, pickling, `.to()`, DDP and
+torch.compile make of them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import timm.layers
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import GELUActivation
+from transformers.masking_utils import sdpa_mask
+from transformers.models.bert.modeling_bert import BertIntermediate
+from transformers.models.electra.modeling_electra import ElectraIntermediate
+from transformers.models.roberta.modeling_roberta import RobertaIntermediate
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaIntermediate
+
+from .kernels import onednn
+from .modeling.attention import attention
+
+_ATTENTION = "clinvla_fast"  # our name among transformers' attention functions
+_BEFORE = "_attention_before_clinvla_fast"
+_BERTS = ("bert", "roberta", "xlm-roberta", "electra")
+
+
+class FastLinear(nn.Linear):
+    """torch.nn.Linear through oneDNN on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return onednn.linear(x, self.weight, self.bias)
+
+
+class FastMlp(timm.layers.Mlp):
+    """timm's Mlp, its GELU applied as the first layer is written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.drop1(onednn.linear(x, self.fc1.weight, self.fc1.bias, gelu=True)))
+        return self.drop2(self.fc2(x))
+
+
+class FastAttention(timm.layers.Attention):
+    """timm's Attention through the attention function of our towers."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if any(a is not None and a is not False for a in (*args, *kwargs.values())) or (
+            self.training and self.attn_drop.p
+        ):
+            return super().forward(x, *args, **kwargs)
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        x = attention(self.q_norm(query), self.k_norm(key), value).flatten(2)
+        return self.proj_drop(self.proj(self.norm(x)))
+
+
+class _FastIntermediate:
+    """The first half of a BERT's feed-forward network, its GELU applied as it is written."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return onednn.linear(hidden_states, self.dense.weight, self.dense.bias, gelu=True)
+
+
+class FastBertIntermediate(_FastIntermediate, BertIntermediate): ...
+
+
+class FastRobertaIntermediate(_FastIntermediate, RobertaIntermediate): ...
+
+
+class FastXLMRobertaIntermediate(_FastIntermediate, XLMRobertaIntermediate): ...
+
+
+class FastElectraIntermediate(_FastIntermediate, ElectraIntermediate): ...
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether a layer is a Linear whose forward nothing else listens to."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return type(layer) in (nn.Linear, FastLinear) and not hooked
+
+
+def _exact_gelu(activation: Callable) -> bool:
+    module = type(activation) in (nn.GELU, timm.layers.GELU)
+    exact = module and getattr(activation, "approximate", "none") == "none"
+    return exact or activation is nn.functional.gelu or type(activation) is GELUActivation
+
+
+# What each class is changed to, and which of its instances can be.
+_TWINS: dict[type[nn.Module], tuple[type[nn.Module], Callable[[nn.Module], bool]]] = {
+    nn.Linear: (FastLinear, lambda layer: True),
+    timm.layers.Mlp: (FastMlp, lambda m: _plain(m.fc1) and _exact_gelu(m.act)),
+    timm.layers.Attention: (FastAttention, lambda m: getattr(m, "gate", None) is None and m.head_dim**-0.5 == m.scale),
+    **{
+        base: (twin, lambda m: _plain(m.dense) and _exact_gelu(m.intermediate_act_fn))
+        for twin in (
+            FastBertIntermediate,
+            FastRobertaIntermediate,
+            FastXLMRobertaIntermediate,
+            FastElectraIntermediate,
+        )
+        for base in [twin.__mro__[2]]
+    },
+}
+_ORIGINALS = {twin: base for base, (twin, _) in _TWINS.items()}
+
+
+def _fast_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling=None,
+    dropout: float = 0.0, **kwargs,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: [B, heads, M, d] to [B, M, heads, d]."""
+    plain = attention_mask is None and not dropout and not getattr(module, "is_causal", False)
+    if plain and query.shape == key.shape and scaling in (None, query.shape[-1] ** -0.5):
+        return attention(*(x.transpose(1, 2) for x in (query, key, value))), None
+    causal = attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", False)
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout, is_causal=causal, scale=scaling
+    )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(_ATTENTION, _fast_attention)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+
+
+def _supported(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost parts of a model that have twins inside."""
+    bert = isinstance(model, PreTrainedModel) and model.config.model_type in _BERTS
+    if isinstance(model, VisionTransformer) or bert:
+        yield model
+    else:
+        for child in model.children():
+            yield from _supported(child)
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Swap the slow parts of a model for fast twins, in place, and print what was swapped.
+
+    Supported, alone or in a larger model, compiled or not, frozen or trained: timm's VisionTransformer, BERT-family
+    models of transformers, and ClinVLA. Outputs and gradients are equal up to rounding, `state_dict` key for key.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: if there is nothing in it to accelerate.
+    """
+    swapped: Counter[str] = Counter()
+    for part in _supported(model):
+        if isinstance(part, PreTrainedModel) and not hasattr(part, _BEFORE):
+            setattr(part, _BEFORE, part.config._attn_implementation)
+            part.set_attn_implementation(_ATTENTION)
+            swapped["attention of " + type(part).__name__] += 1
+        for module in part.modules():
+            twin, fits = _TWINS.get(type(module), (None, None))
+            if twin is not None and fits(module):
+                swapped[type(module).__name__] += 1
+                module.__class__ = twin
+            elif type(module) in _ORIGINALS:
+                swapped["already fast"] += 1
+    if not swapped:
+        raise ValueError(
+            f"{type(model).__name__} has nothing to accelerate: supported are timm's VisionTransformer, transformers' "
+            f"{', '.join(_BERTS)} models, and ClinVLA, alone or inside a larger model."
+        )
+    print(f"accelerated {type(model).__name__}: " + ", ".join(f"{n} {name}" for name, n in swapped.items()))
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate`: every module of the model, or of a copy of it, is again of the class that it was."""
+    for module in model.modules():
+        if type(module) in _ORIGINALS:
+            module.__class__ = _ORIGINALS[type(module)]
+        if hasattr(module, _BEFORE):
+            module.set_attn_implementation(getattr(module, _BEFORE))
+            delattr(module, _BEFORE)
+    return model
