@@ -112,7 +112,7 @@ def _(grad, weight):
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
 
-@register_flop_formula(torch.ops.clinvla_fast.linear)
+@register_flop_formula([torch.ops.clinvla_fast.linear, *([torch.ops.mkldnn._linear_pointwise] if _DTYPES else [])])
 def _flops(x, weight, *_, out_shape=None, **__) -> int:
     """Two for each product of a row [..., K] with a weight [N, K]."""
     return 2 * torch.Size(x).numel() * weight[0]
@@ -121,7 +121,3 @@ def _flops(x, weight, *_, out_shape=None, **__) -> int:
 @register_flop_formula(torch.ops.clinvla_fast.linear_backward)
 def _backward_flops(grad, weight, out_shape=None, **_) -> int:
     return 2 * torch.Size(grad).numel() * weight[1]
-
-
-if _DTYPES:
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
