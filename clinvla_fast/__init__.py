@@ -10,13 +10,26 @@ from .study import VIEWS
 
 _HOME = {
     "ClinVLA": ".modeling.model",
+    "Collection": ".search",
     "Embeddings": ".study",
     "Recipe": ".recipe",
     "StudyBatch": ".study",
+    "embed": ".collection",
 }
 _MODULES = ("backend", "ops")
 
-__all__ = ["VIEWS", "ClinVLA", "DataError", "Embeddings", "Recipe", "StudyBatch", "backend", "ops"]
+__all__ = [
+    "VIEWS",
+    "ClinVLA",
+    "Collection",
+    "DataError",
+    "Embeddings",
+    "Recipe",
+    "StudyBatch",
+    "backend",
+    "embed",
+    "ops",
+]
 
 
 def __getattr__(name: str):

@@ -1,13 +1,25 @@
-"""What every command line shares: one clear line for an error the user can act on."""
+"""What command lines share: one clear line for an error the user can act on, a progress bar, the model."""
+
+from __future__ import annotations
 
 import errno
+import logging
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
 from safetensors import SafetensorError
 
 from clinvla_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from clinvla_fast import ClinVLA
 
 _FULL = "free some space or write to another disk"
 _FORBIDDEN = "choose a path that you may read and write"
@@ -47,3 +59,70 @@ def one_clear_error() -> Iterator[None]:
         return
     print("error:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+
+
+@contextmanager
+def progress_bar(words: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, where that is a terminal; its function takes how many are done, and how many in all."""
+    columns = (words, BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    drawn = 0.0
+    console = Console(stderr=True)
+    # No refreshing thread: the readers are forked from this process.
+    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            nonlocal drawn
+            due = time.monotonic() - drawn > 0.1
+            drawn = time.monotonic() if due else drawn
+            bar.update(task, completed=done, total=total, refresh=due)
+
+        yield show
+
+
+# A command that only prepares files does not wait for PyTorch: it is imported at first use.
+
+
+def quiet_libraries() -> None:
+    """A tower that cannot be had gets one error, from us; one that can needs no progress bar."""
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime", on a machine without
+
+
+def device_name(name: str) -> str:
+    """cpu or cuda for what --device was given: one of these, or auto.
+
+    Raises:
+        DataError: if it was given something else, or cuda where there is none.
+    """
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise DataError(f"--device is {name!r}: expected auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda: PyTorch sees no GPU here; pass --device cpu.")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def load_model(folder: Path, device: str) -> ClinVLA:
+    """The model of a finished run, on a device as `device_name` takes it.
+
+    Raises:
+        DataError: if `folder` holds no model, or there is no such device.
+    """
+    from clinvla_fast import ClinVLA
+
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder, expected that of a finished python -m training.pretrain.")
+    quiet_libraries()
+    return ClinVLA.from_pretrained(folder).to(device_name(device))

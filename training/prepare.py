@@ -4,19 +4,15 @@ import csv
 import hashlib
 import io
 import os
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from clinvla_fast.data.contact_sheet import contact_sheet
 from clinvla_fast.data.phantom.dataset import write_phantoms
@@ -24,7 +20,7 @@ from clinvla_fast.data.shards import empty_or_absent, write_shards
 from clinvla_fast.data.tables import LeftOut, studies_from_csv
 from clinvla_fast.errors import DataError
 
-from .console import one_clear_error
+from .console import one_clear_error, progress_bar
 
 
 @dataclass
@@ -52,7 +48,7 @@ class Csv:
         dropped: Counter[str] = Counter()
         left_out: list[LeftOut] = []
         with (
-            _progress("rows") as progress,
+            progress_bar("rows read") as progress,
             closing(
                 studies_from_csv(
                     self.table,
@@ -93,7 +89,7 @@ class Phantom:
 
     def run(self) -> None:
         try:
-            with _progress("patients") as progress:
+            with progress_bar("patients read") as progress:
                 manifest = write_phantoms(
                     self.out, patients=self.patients, seed=self.seed, size=self.size, progress=progress
                 )
@@ -130,29 +126,6 @@ def _dropped_csv(left_out: list[LeftOut]) -> str:
     writer.writerow(LeftOut._fields)
     writer.writerows(left_out)
     return text.getvalue()
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
-
-
-@contextmanager
-def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (f"{unit} read", BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    drawn = 0.0
-    console = Console(stderr=True)
-    # No refreshing thread: the readers are forked from this process.
-    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(done: int, total: int) -> None:
-            nonlocal drawn
-            due = time.monotonic() - drawn > 0.1
-            drawn = time.monotonic() if due else drawn
-            bar.update(task, completed=done, total=total, refresh=due)
-
-        yield show
 
 
 def _finish(out: Path, manifest: dict, sheet: Path | None, views_left_out: Counter[str] | None = None) -> None:

@@ -5,7 +5,6 @@ Without --data it makes phantoms first; with the tiny preset it also makes the t
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import time
@@ -14,9 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import huggingface_hub
 import torch
-import transformers
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -44,7 +41,7 @@ from clinvla_fast.pretraining import align, compile_tower_blocks, make_towers, r
 from clinvla_fast.recipe import Objective
 from clinvla_fast.run import Run, replacing, write_json
 
-from .console import one_clear_error
+from .console import device_name, one_clear_error, quiet_libraries
 
 console = Console(highlight=False)
 _RUNS = Path("runs")
@@ -88,10 +85,7 @@ class Pretrain:
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     settings = tyro.cli(Pretrain, prog="python -m training.pretrain", description=__doc__, args=args)
-    huggingface_hub.utils.logging.set_verbosity_error()  # a tower that cannot be had gets one error, from us
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime", on a machine without
+    quiet_libraries()
     with one_clear_error():
         Job(settings).run()
 
@@ -122,7 +116,7 @@ class Job:
     """The stages of the main job, each skipped where the run already has its result."""
 
     def __init__(self, settings: Pretrain):
-        self.device = torch.device(_device(settings.device))
+        self.device = torch.device(device_name(settings.device))
         if settings.compile and self.device.type == "cpu" and not any(map(shutil.which, _compilers())):
             raise DataError("--compile needs a C++ compiler on a CPU: apt-get install g++, or leave --compile out.")
         self.out, self.settings = open_run(settings)
@@ -314,14 +308,6 @@ def _preset(settings: Pretrain) -> Preset:
         towers = replace(towers, **{k: v for k, v in given.items() if v is not None})
     vision, text = settings.vision_tower or preset.vision, settings.text_tower or preset.text
     return Preset(recipe=recipe, vision=vision, text=text, towers=towers)
-
-
-def _device(name: str) -> str:
-    if name not in ("auto", "cpu", "cuda"):
-        raise DataError(f"--device is {name!r}: expected auto, cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DataError("--device cuda: PyTorch sees no GPU here; pass --device cpu.")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _compilers() -> tuple[str, ...]:
