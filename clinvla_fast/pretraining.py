@@ -2,6 +2,7 @@
 
 import math
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -242,6 +243,18 @@ def compile_tower_blocks(vision: VisionTower, text: TextTower) -> None:
     """Compile the towers' blocks, each kind once for all depths, any number of views and any lengths of reports."""
     vision.run_block = torch.compile(vision_block, fullgraph=True, dynamic=True)
     text.run_block = torch.compile(text_block, fullgraph=True, dynamic=True)
+
+
+def warm_up(model: ClinVLA, batch: StudyBatch) -> float:
+    """Run a batch once as training and once as evaluation does, so that all is compiled: the seconds it took."""
+    start = time.perf_counter()
+    model.train()
+    model.objective(model(batch, mask_seed=0))["loss"].backward()
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    with torch.inference_mode():
+        model(batch)
+    return time.perf_counter() - start
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from clinvla_fast.accelerate import accelerate
 from clinvla_fast.cost import forward_flops, parameters, step_flops
 from clinvla_fast.data.loader import StudyLoader
 from clinvla_fast.data.phantom.dataset import write_phantoms
@@ -26,6 +28,8 @@ from clinvla_fast.data.shards import read_manifest, read_studies
 from clinvla_fast.data.tokenizer import train_tokenizer
 from clinvla_fast.errors import DataError
 from clinvla_fast.evaluation.curves import draw_curves
+from clinvla_fast.modeling import attention
+from clinvla_fast.modeling.frozen import compute_dtype
 from clinvla_fast.modeling.masked_modeling import MaskedModeling
 from clinvla_fast.modeling.model import ClinVLA
 from clinvla_fast.modeling.towers import (
@@ -37,7 +41,7 @@ from clinvla_fast.modeling.towers import (
     save_vision,
 )
 from clinvla_fast.presets import PRESETS, Preset, PresetName
-from clinvla_fast.pretraining import align, compile_tower_blocks, make_towers, retrieve
+from clinvla_fast.pretraining import align, compile_tower_blocks, make_towers, retrieve, warm_up
 from clinvla_fast.recipe import Objective
 from clinvla_fast.run import Run, replacing, write_json
 
@@ -46,6 +50,7 @@ from .console import device_name, one_clear_error, quiet_libraries
 console = Console(highlight=False)
 _RUNS = Path("runs")
 _EVALUATION_BATCH = 64
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -64,6 +69,14 @@ class Pretrain:
     """A timm ViT: its name, a folder that timm saved, or a file of ViT-B/16 weights. Overrides the preset's."""
     text_tower: str | None = None
     """A Hugging Face BERT: its name or folder. Overrides the preset's."""
+    adapter_blocks: str | None = None
+    """Which blocks of both towers carry adapters, from 0, as 8-11 or 2,5,8-11. What lies below the lowest is not
+    trained and costs no backward pass. Default: every block."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the frozen towers compute in. auto: bfloat16 where the machine has matrix instructions for it. What is
+    trained is float32."""
+    attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
+    """Which library attends. auto: xformers on a GPU, sdpa on a CPU."""
     compile: bool = False
     """Compile the towers' blocks: slower to start, faster to run."""
     resume: bool = False
@@ -86,7 +99,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     settings = tyro.cli(Pretrain, prog="python -m training.pretrain", description=__doc__, args=args)
     quiet_libraries()
-    with one_clear_error():
+    with one_clear_error(), attention.use(settings.attention):
         Job(settings).run()
 
 
@@ -199,6 +212,7 @@ class Job:
             text, tokenizer = load_text(self.preset.text)
         vision = make_tiny_vision() if self.preset.vision is None else load_vision(self.preset.vision)
         model = MaskedModeling(vision, text, tokenizer.mask_token_id).to(self.device)
+        accelerate(model)
         if self.settings.compile:
             compile_tower_blocks(vision, text)
         settings = self.preset.towers
@@ -216,7 +230,12 @@ class Job:
 
     def align(self, run: Run, data: Path, manifest: dict, vision: str, text: str) -> ClinVLA:
         torch.manual_seed(self.settings.seed)
-        model = ClinVLA(vision, text, self.preset.recipe).to(self.device)
+        dtype = compute_dtype(self.device) if self.settings.precision == "auto" else _DTYPES[self.settings.precision]
+        try:
+            model = ClinVLA(vision, text, self.preset.recipe, dtype).to(self.device)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        accelerate(model)
         tokens = model.max_tokens
         self.flops = {
             "flops_per_sample": forward_flops(model, views=2, tokens=tokens),
@@ -229,10 +248,12 @@ class Job:
             sizes = {"image_size": model.vision.image_size, "max_tokens": tokens}
             return self.training_loader(data, model.tokenizer, recipe.batch_size, checkpoint, **sizes)
 
+        first = next(iter(make_loader(None))).to(self.device)
         if run.state is None or run.state["stage"] != "align":
-            model.standardise_heads(next(iter(make_loader(None))).to(self.device))
+            model.standardise_heads(first)
         if self.settings.compile:
             compile_tower_blocks(model.vision, model.text)
+            console.print(f"compiled in {warm_up(model, first):.0f} s; the speeds below are without it.")
         validation = "validate" in manifest["counts"]["splits"]
         validation = self.loader(data, "validate", model) if validation else None
         with _bar("alignment") as show:
@@ -299,6 +320,8 @@ def _preset(settings: Pretrain) -> Preset:
     preset = PRESETS[settings.preset]
     given = {"epochs": settings.epochs, "batch_size": settings.batch_size}
     recipe = replace(preset.recipe, objective=settings.objective, **{k: v for k, v in given.items() if v is not None})
+    if settings.adapter_blocks is not None:
+        recipe = replace(recipe, adapter_blocks=_blocks(settings.adapter_blocks))
     for name, value in (*given.items(), ("tower_epochs", settings.tower_epochs), ("patients", settings.patients)):
         if value is not None and value < 1:
             raise DataError(f"--{name.replace('_', '-')} is {value}: expected at least 1.")
@@ -308,6 +331,17 @@ def _preset(settings: Pretrain) -> Preset:
         towers = replace(towers, **{k: v for k, v in given.items() if v is not None})
     vision, text = settings.vision_tower or preset.vision, settings.text_tower or preset.text
     return Preset(recipe=recipe, vision=vision, text=text, towers=towers)
+
+
+def _blocks(text: str) -> tuple[int, ...]:
+    """The numbers in "2,5,8-11", ascending."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
+            raise DataError(f"--adapter-blocks is {text!r}: expected numbers and ranges, as 8-11 or 2,5,8-11.")
+        found.update(range(int(first), int(last if dash else first) + 1))
+    return tuple(sorted(found))
 
 
 def _compilers() -> tuple[str, ...]:

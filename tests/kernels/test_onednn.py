@@ -1,0 +1,96 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from clinvla_fast.kernels import onednn
+
+
+def _tensors(rows, width, out, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((*rows, width), (out, width), (out,))
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def _run(function, tensors, gelu):
+    out = function(*tensors)
+    out = functional.gelu(out) if gelu else out
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return out, torch.autograd.grad(out, [x for x in tensors if x.requires_grad], grad)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [((7,), 5, 3), ((2, 50), 129, 65), ((1,), 1, 1), ((3, 0), 8, 4), ((4, 33), 768, 96)])
+def test_linear(shape, dtype, limit, gelu):
+    tensors = _tensors(*shape, dtype)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    out, gradients = _run(lambda *t: onednn.linear(*t, gelu=gelu), tensors, False)
+    expected, right = _run(functional.linear, exact, gelu)
+    for actual, truth in zip((out, *gradients), (expected, *right), strict=True):
+        assert actual.dtype == dtype and actual.shape == truth.shape
+        if truth.numel():
+            assert ((actual.double() - truth).norm() <= limit * truth.norm()).item()
+    with torch.no_grad():
+        fused = onednn.linear(*tensors, gelu=gelu)
+    torch.testing.assert_close(fused.double(), expected, rtol=limit, atol=limit * max(1, shape[1]) ** 0.5)
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 1, 2)])
+def test_gradients_of_what_is_trained_alone(trained):
+    tensors = [x.detach() for x in _tensors((6,), 5, 4)]
+    for index in trained:
+        tensors[index].requires_grad_()
+    _, gradients = _run(onednn.linear, tensors, False)
+    _, right = _run(functional.linear, tensors, False)
+    for actual, expected in zip(gradients, right, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_operands_with_gaps():
+    x, weight, _ = (t.detach() for t in _tensors((40,), 64, 48))
+    x, weight = x[:, :32], weight[:, 32:]
+    torch.testing.assert_close(onednn.linear(x, weight), x @ weight.mT)
+    torch.testing.assert_close(onednn.matmul(x.mT, x), x.mT @ x)
+
+
+@torch.no_grad()
+def test_a_frozen_weight_that_is_written_to_is_packed_anew():
+    x, weight, bias = (t.detach() for t in _tensors((9,), 16, 12))
+    onednn.linear(x, weight, bias)
+    weight.mul_(2)
+    torch.testing.assert_close(onednn.linear(x, weight, bias), functional.linear(x, weight, bias))
+    with torch.inference_mode():
+        torch.testing.assert_close(onednn.linear(x, weight.clone()), x @ weight.mT)
+
+
+def test_double_is_left_to_pytorch_and_autocast_to_autocast():
+    tensors = [t.detach().double().requires_grad_() for t in _tensors((3,), 4, 2)]
+    assert gradcheck(onednn.linear, tensors)
+    x, weight, bias = _tensors((3,), 4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert onednn.linear(x, weight, bias).dtype == torch.bfloat16
+
+
+def test_operators():
+    x, weight, bias = _tensors((3, 5), 8, 6)
+    torch.library.opcheck(onednn._linear_op, (x, weight, bias, False))
+    torch.library.opcheck(onednn._by_input_op, (torch.rand(3, 5, 6), weight.detach()))
+
+
+def test_flops():
+    tensors = _tensors((3, 5), 8, 6)
+    counts = []
+    for function in (onednn.linear, functional.linear):
+        with FlopCounterMode(display=False) as counter:
+            _run(function, tensors, False)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 3 * 2 * 15 * 8 * 6
+
+
+def test_products():
+    a, b = torch.randn(3, 70, 90), torch.randn(3, 90, 600)
+    torch.testing.assert_close(onednn.bmm(a, b), a @ b, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(onednn.matmul(a[0], b[0]), a[0] @ b[0], rtol=1e-4, atol=1e-4)
+    assert onednn.matmul(a[0, :0], b[0]).shape == (0, 600)

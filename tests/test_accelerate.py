@@ -1,0 +1,240 @@
+"""Models of timm and transformers, and ours, before and after: the same parameters, results and files."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    ElectraConfig,
+    ElectraModel,
+    RobertaConfig,
+    RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)  # fmt: skip
+
+from clinvla_fast.accelerate import FastAttention, FastMlp, accelerate, restore
+
+SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96, "vocab_size": 99}
+
+
+def _vit(**kwargs):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+    return timm.create_model("vit_tiny_patch16_224", **sizes, **kwargs)
+
+
+class Both(nn.Module):
+    """Someone's two-tower model."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = _vit(), BertModel(BertConfig(**SIZES))
+
+    def forward(self, pixels, words):
+        return self.image(pixels).sum() * self.text(**words).last_hidden_state.square().mean()
+
+
+def _pixels():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def _words(padded=True):
+    words = torch.randint(5, 99, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(7) < torch.tensor([7, 3, 5])[:, None] if padded else torch.ones(3, 7, dtype=torch.bool)
+    return {"input_ids": words, "attention_mask": mask.long()}
+
+
+CASES = {
+    "vit": (_vit, lambda model: model(_pixels())),
+    "vit with qk norm": (lambda: _vit(qk_norm=True, init_values=0.1), lambda model: model(_pixels())),
+    "vit with dropout": (lambda: _vit(attn_drop_rate=0.3, proj_drop_rate=0.2), lambda model: model(_pixels())),
+    "bert": (lambda: BertModel(BertConfig(**SIZES)), lambda model: model(**_words())[0]),
+    "bert, nothing padded": (lambda: BertModel(BertConfig(**SIZES)), lambda model: model(**_words(False))[0]),
+    "bert with a head": (lambda: BertForMaskedLM(BertConfig(**SIZES)), lambda model: model(**_words())[0]),
+    "roberta": (lambda: RobertaModel(RobertaConfig(**SIZES)), lambda model: model(**_words())[0]),
+    "xlm-roberta": (lambda: XLMRobertaModel(XLMRobertaConfig(**SIZES)), lambda model: model(**_words())[0]),
+    "electra": (lambda: ElectraModel(ElectraConfig(**SIZES, embedding_size=48)), lambda model: model(**_words())[0]),
+    "both": (Both, lambda model: model(_pixels(), _words())),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    make, run = CASES[request.param]
+    torch.manual_seed(0)
+    return make(), run
+
+
+def _results(model, run, seed=0):
+    torch.manual_seed(seed)
+    out = run(model)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(out.square().sum(), parameters, allow_unused=True)
+    return {"out": out.detach()} | {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
+
+
+def _close(actual, expected, limit=1e-5):
+    assert actual.keys() == expected.keys()
+    for name, right in expected.items():
+        scale = max(1.0, right.abs().max().item())
+        torch.testing.assert_close(actual[name], right, rtol=limit, atol=limit * scale, msg=name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_results_gradients_and_names_stay(case, training):
+    model, run = case
+    model.train(training)
+    expected, keys = _results(model, run), list(model.state_dict())
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    classes = [type(m) for m in model.modules()]
+    assert accelerate(model) is model
+    assert [type(m) for m in model.modules()] != classes
+    assert list(model.state_dict()) == keys and {n: id(p) for n, p in model.named_parameters()} == parameters
+    _close(_results(model, run), expected)
+    assert accelerate(model) is model  # twice is once
+    restore(model)
+    assert [type(m) for m in model.modules()] == classes and list(model.state_dict()) == keys
+    actual = _results(model, run)
+    assert all(torch.equal(actual[name], right) for name, right in expected.items())
+
+
+def test_bfloat16(case):
+    model, run = case
+    model.eval()
+    if isinstance(model, Both):
+        pytest.skip("its parts are cases")
+    with torch.no_grad():
+        truth = run(copy.deepcopy(model)).double()
+        model.bfloat16()
+        run16 = (lambda m: m(_pixels().bfloat16())) if isinstance(model, timm.models.VisionTransformer) else run
+        usual = (run16(model).double() - truth).norm() / truth.norm()
+        error = (run16(accelerate(model)).double() - truth).norm() / truth.norm()
+    assert error <= 1.5 * usual + 1e-3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(case, copied):
+    model, run = case
+    model.eval()
+    expected = _results(model, run)
+    other = copied(accelerate(model))
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+    _close(_results(other, run), expected)
+    restore(other)
+    _close(_results(other, run), expected)
+    stream = io.BytesIO()
+    torch.save(model.state_dict(), stream)
+    stream.seek(0)
+    other.load_state_dict(torch.load(stream, weights_only=True))
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_compiled(compiled_first):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = _vit().eval()
+    expected = _results(model, CASES["vit"][1])
+    if compiled_first:
+        compiled = torch.compile(model)
+        compiled(_pixels())  # before anything is swapped
+        accelerate(compiled)
+    else:
+        compiled = torch.compile(accelerate(model), fullgraph=True)
+    _close(_results(compiled, CASES["vit"][1]), {n if n == "out" else f"_orig_mod.{n}": x for n, x in expected.items()})
+    assert any(isinstance(m, FastMlp) for m in compiled.modules())
+
+
+def test_moved_and_frozen():
+    model = accelerate(_vit()).requires_grad_(False).eval()
+    with torch.no_grad():
+        before = model(_pixels())
+        torch.testing.assert_close(model.to(torch.float64)(_pixels().double()).float(), before, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.to(torch.float32)(_pixels()), before, rtol=1e-4, atol=1e-5)
+    pixels = _pixels().requires_grad_()
+    model(pixels).sum().backward()
+    expected = pixels.grad
+    pixels.grad = None
+    restore(model)(pixels).sum().backward()
+    torch.testing.assert_close(pixels.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_distributed(tmp_path):
+    torch.manual_seed(0)
+    model = _vit().eval()
+    expected = _results(model, CASES["vit"][1])
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = accelerate(DistributedDataParallel(model))
+        wrapped(_pixels()).square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item())
+
+
+def test_what_listens_to_a_layer_is_still_called():
+    torch.manual_seed(0)
+    model, heard = _vit().eval(), []
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda module, inputs, out: heard.append(out.shape))
+    expected = _results(model, CASES["vit"][1])
+    accelerate(model)
+    assert not isinstance(model.blocks[0].mlp, FastMlp) and isinstance(model.blocks[1].mlp, FastMlp)
+    _close(_results(model, CASES["vit"][1]), expected)
+    assert len(heard) == 2
+
+
+def test_other_classes_are_left_alone():
+    class Mine(timm.layers.Attention):
+        def forward(self, x, **kwargs):
+            return super().forward(x, **kwargs) + 1
+
+    torch.manual_seed(0)
+    model = _vit().eval()
+    model.blocks[1].attn.__class__ = Mine
+    expected = _results(model, CASES["vit"][1])
+    accelerate(model)
+    assert type(model.blocks[0].attn) is FastAttention and type(model.blocks[1].attn) is Mine
+    _close(_results(model, CASES["vit"][1]), expected)
+
+
+def test_the_attention_that_a_bert_had_comes_back():
+    model = BertModel(BertConfig(**SIZES), add_pooling_layer=False)
+    model.set_attn_implementation("eager")
+    accelerate(model)
+    assert restore(model).config._attn_implementation == "eager"
+
+
+def test_nothing_to_accelerate():
+    with pytest.raises(ValueError, match=r"Sequential has nothing to accelerate: supported are timm's Vision"):
+        accelerate(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_says_what_was_swapped(capsys):
+    accelerate(_vit())
+    line = capsys.readouterr().out
+    assert "2 Attention" in line and "2 Mlp" in line
+
+
+def test_ours(tiny_model, make_batch, shake):
+    shake(tiny_model)
+    batch = make_batch([[1, 0], [1, 1]], [9, 4])
+
+    def results():
+        tiny_model.zero_grad(set_to_none=True)
+        tiny_model.objective(tiny_model(batch, mask_seed=1))["loss"].backward()
+        return {name: p.grad.clone() for name, p in tiny_model.trainable().items()}
+
+    expected = results()
+    accelerate(tiny_model)
+    _close(results(), expected, 1e-4)
+    restore(tiny_model)
+    assert all(torch.equal(x, expected[name]) for name, x in results().items())
