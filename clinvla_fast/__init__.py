@@ -14,7 +14,9 @@ _HOME = {
     "Embeddings": ".study",
     "Recipe": ".recipe",
     "StudyBatch": ".study",
+    "accelerate": ".twins",
     "embed": ".collection",
+    "restore": ".twins",
 }
 _MODULES = ("backend", "ops")
 
@@ -26,9 +28,11 @@ __all__ = [
     "Embeddings",
     "Recipe",
     "StudyBatch",
+    "accelerate",
     "backend",
     "embed",
     "ops",
+    "restore",
 ]
 
 

@@ -22,7 +22,7 @@ from transformers import (
     XLMRobertaModel,
 )  # fmt: skip
 
-from clinvla_fast.accelerate import FastAttention, FastMlp, accelerate, restore
+from clinvla_fast.twins import FastAttention, FastMlp, accelerate, restore
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96, "vocab_size": 99}
 

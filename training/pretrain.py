@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from clinvla_fast.accelerate import accelerate
 from clinvla_fast.cost import forward_flops, parameters, step_flops
 from clinvla_fast.data.loader import StudyLoader
 from clinvla_fast.data.phantom.dataset import write_phantoms
@@ -44,6 +43,7 @@ from clinvla_fast.presets import PRESETS, Preset, PresetName
 from clinvla_fast.pretraining import align, compile_tower_blocks, make_towers, retrieve, warm_up
 from clinvla_fast.recipe import Objective
 from clinvla_fast.run import Run, replacing, write_json
+from clinvla_fast.twins import accelerate
 
 from .console import device_name, one_clear_error, quiet_libraries
 

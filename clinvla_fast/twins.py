@@ -5,6 +5,7 @@ of the state_dict, hooks and references stay what they were, and so does what co
 torch.compile make of them.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -105,6 +106,15 @@ _TWINS: dict[type[nn.Module], tuple[type[nn.Module], Callable[[nn.Module], bool]
 _ORIGINALS = {twin: base for base, (twin, _) in _TWINS.items()}
 
 
+def _know_adapters() -> None:
+    """Add the twins of AdapterHub's modules, which a model can only have where they were imported."""
+    if "adapters.methods.modeling" in sys.modules:
+        from .twins_adapterhub import TWINS
+
+        _TWINS.update(TWINS)
+        _ORIGINALS.update((twin, base) for base, (twin, _) in TWINS.items())
+
+
 def _fast_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling=None,
     dropout: float = 0.0, **kwargs,
@@ -138,7 +148,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Swap the slow parts of a model for fast twins, in place, and print what was swapped.
 
     Supported, alone or in a larger model, compiled or not, frozen or trained: timm's VisionTransformer, BERT-family
-    models of transformers, and ClinVLA. Outputs and gradients are equal up to rounding, `state_dict` key for key.
+    models of transformers, AdapterHub's adapters in them too, and ClinVLA. Outputs and gradients are equal up to
+    rounding, `state_dict` key for key.
 
     Returns:
         The model itself.
@@ -146,6 +157,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if there is nothing in it to accelerate.
     """
+    _know_adapters()
     swapped: Counter[str] = Counter()
     for part in _supported(model):
         if isinstance(part, PreTrainedModel) and not hasattr(part, _BEFORE):
@@ -170,6 +182,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate`: every module of the model, or of a copy of it, is again of the class that it was."""
+    _know_adapters()
     for module in model.modules():
         if type(module) in _ORIGINALS:
             module.__class__ = _ORIGINALS[type(module)]
