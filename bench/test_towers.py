@@ -1,7 +1,7 @@
 """Towers of the published size, seeded, on a CPU: encoding a study, and a pretraining step, against the same towers of
 timm and transformers as people run them.
 
-Encoding: two whole views and a report of real length; the plain way normalises pixels and pads reports to 128 words.
+Encoding: two whole views and a report of real length, one study at a time; the plain way normalises pixels and pads reports to 128 words.
 Pretraining step: frozen towers, adapters, kept patches and real lengths, against training both towers end to end,
 embedding every patch (then keeping a quarter, or all of them) and padding. All take turns; ratios are of medians. In
 bfloat16 the plain way is autocast.
@@ -57,7 +57,9 @@ def batch() -> Batch:
         torch.randint(0, 256, (STUDIES, VIEWS, 224, 224), generator=generator, dtype=torch.uint8),
         torch.ones(STUDIES, VIEWS, dtype=torch.bool),
         torch.randint(1000, 20000, (STUDIES, PADDED), generator=generator),
-        torch.tensor([44, 58, 71, 83]),  # a mean of 64: reports of a findings and an impression section
+        torch.tensor(
+            [36, 54, 70, 97]
+        ),  # word pieces of Open-i's 3,955 reports, cleaned: every quarter's middle; mean 64
     )
 
 
@@ -132,8 +134,8 @@ def record(benchmark, ratios: dict[str, float], **figures) -> None:
 
 @torch.inference_mode()
 def test_encoding(benchmark, plain, batch):
-    """The floor is 3.2: the ratio of the rates of matrix products, times that of the words computed."""
     plain.eval()
+    batch = Batch(batch.images[:1], batch.present[:1], batch.words[:1], torch.tensor([64]))
     fast, half = ours(plain, torch.float32, False), ours(plain, torch.bfloat16, False)
 
     def autocast():
@@ -141,12 +143,12 @@ def test_encoding(benchmark, plain, batch):
             return plain_encoding(plain, batch)
 
     for actual, right in zip(our_encoding(fast, batch), plain_encoding(plain, batch), strict=True):
-        right = right if actual.ndim == right.ndim else right[batch.mask]
+        right = right if actual.ndim == right.ndim else right[batch.mask]  # the padded words' hidden states
         torch.testing.assert_close(actual, right, rtol=0, atol=2e-5)
     runs = {"plain": lambda: plain_encoding(plain, batch), "ours": lambda: our_encoding(fast, batch)}
     if HALF:
         runs |= {"plain_bf16": autocast, "ours_bf16": lambda: our_encoding(half, batch)}
-    taken = seconds(runs, rounds=7)
+    taken = seconds(runs, rounds=25)
     ratios = {"float32": taken["plain"] / taken["ours"]}
     if HALF:
         ratios["bfloat16"] = taken["plain_bf16"] / taken["ours_bf16"]

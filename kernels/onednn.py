@@ -59,14 +59,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
         out = functional.linear(x, weight, bias)
         return functional.gelu(out) if gelu else out
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None)
+    if not trained and not torch.compiler.is_compiling():
+        return _linear(x, weight, bias, gelu)  # an operator's call would cost as much as a small product
     out = _linear_op(x, weight, bias, gelu and not trained)  # with gradients, GELU needs what goes into it
     return functional.gelu(out) if gelu and trained else out
 
 
-@torch.library.custom_op("clinvla_fast::linear", mutates_args=())
-def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     frozen = x.numel() and not weight.requires_grad
     return _run(x, _packed(weight) if frozen else weight, bias, gelu)
+
+
+_linear_op = torch.library.custom_op("clinvla_fast::linear", _linear, mutates_args=())
 
 
 @_linear_op.register_fake
