@@ -35,11 +35,18 @@ class FastLinear(nn.Linear):
         return onednn.linear(x, self.weight, self.bias)
 
 
+def _through_gelu(layer: nn.Module, x: Tensor) -> Tensor:
+    """GELU of a linear layer, applied as the layer is written where it is one that oneDNN runs."""
+    if type(layer) in (nn.Linear, FastLinear):
+        return onednn.linear(x, layer.weight, layer.bias, gelu=True)
+    return nn.functional.gelu(layer(x))
+
+
 class FastMlp(timm.layers.Mlp):
     """timm's Mlp, its GELU applied as the first layer is written."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.drop1(onednn.linear(x, self.fc1.weight, self.fc1.bias, gelu=True)))
+        x = self.norm(self.drop1(_through_gelu(self.fc1, x)))
         return self.drop2(self.fc2(x))
 
 
@@ -60,7 +67,7 @@ class _FastIntermediate:
     """The first half of a BERT's feed-forward network, its GELU applied as it is written."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return onednn.linear(hidden_states, self.dense.weight, self.dense.bias, gelu=True)
+        return _through_gelu(self.dense, hidden_states)
 
 
 class FastBertIntermediate(_FastIntermediate, BertIntermediate): ...

@@ -28,6 +28,7 @@ from clinvla_fast.data.tokenizer import train_tokenizer
 from clinvla_fast.errors import DataError
 from clinvla_fast.evaluation.curves import draw_curves
 from clinvla_fast.modeling import attention
+from clinvla_fast.modeling.fp8 import float8_refusal, to_float8
 from clinvla_fast.modeling.frozen import compute_dtype
 from clinvla_fast.modeling.masked_modeling import MaskedModeling
 from clinvla_fast.modeling.model import ClinVLA
@@ -75,6 +76,8 @@ class Pretrain:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the frozen towers compute in. auto: bfloat16 where the machine has matrix instructions for it. What is
     trained is float32."""
+    fp8: bool = False
+    """Frozen linear layers in FP8, where a GPU has it: faster, and a little less exact."""
     attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
     """Which library attends. auto: xformers on a GPU, sdpa on a CPU."""
     compile: bool = False
@@ -236,6 +239,8 @@ class Job:
         except ValueError as error:
             raise DataError(str(error)) from error
         accelerate(model)
+        if self.settings.fp8:
+            self.quantise(model)
         tokens = model.max_tokens
         self.flops = {
             "flops_per_sample": forward_flops(model, views=2, tokens=tokens),
@@ -262,6 +267,14 @@ class Job:
         return model
 
     # Parts
+
+    def quantise(self, model: ClinVLA) -> None:
+        if reason := float8_refusal(self.device):
+            raise DataError(f"{reason}: leave --fp8 out.")
+        if model.vision.vit.pos_embed.dtype != torch.bfloat16:
+            raise DataError("--fp8 needs towers in bfloat16: leave --precision out.")
+        layers = to_float8(model.vision.vit) + to_float8(model.text.bert)
+        console.print(f"{layers} frozen linear layers in FP8")
 
     def training_loader(self, data: Path, tokenizer, batch_size: int, checkpoint: str | None, **sizes) -> StudyLoader:
         return StudyLoader(

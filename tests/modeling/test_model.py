@@ -11,6 +11,7 @@ from clinvla_fast import ClinVLA, DataError, Recipe
 from clinvla_fast.modeling.model import parameter_groups
 from clinvla_fast.modeling.packing import Packing
 from clinvla_fast.pretraining import compile_tower_blocks
+from clinvla_fast.twins import accelerate
 
 REPORTS = (
     "The lungs are clear. No pleural effusion or pneumothorax.",
@@ -333,7 +334,8 @@ def test_standardised_heads(tiny_model, make_batch):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-def test_compiled_blocks(tiny_model, make_batch, shake):
+@pytest.mark.parametrize("fast", [False, True])
+def test_compiled_blocks(tiny_model, make_batch, shake, fast):
     """The same results, and nothing compiled anew for batches and lengths that were not seen before."""
     shake(tiny_model)
     shapes = [
@@ -350,6 +352,8 @@ def test_compiled_blocks(tiny_model, make_batch, shake):
         expected.append((e, {name: p.grad.clone() for name, p in tiny_model.trainable().items()}))
         tiny_model.zero_grad(set_to_none=True)
     torch._dynamo.reset()
+    if fast:
+        accelerate(tiny_model)
     compile_tower_blocks(tiny_model.vision, tiny_model.text)
     for i, (batch, (right, gradients)) in enumerate(zip(batches, expected, strict=True)):
         with torch._dynamo.config.patch(error_on_recompile=i >= 2):
