@@ -157,11 +157,18 @@ def test_encoding(benchmark, plain, batch):
     for actual, right in zip(our_encoding(fast, batch), plain_encoding(plain, batch), strict=True):
         right = right if actual.ndim == right.ndim else right[batch.mask]  # the padded words' hidden states
         torch.testing.assert_close(actual, right, rtol=0, atol=2e-5)
-    runs = {"plain": lambda: plain_encoding(plain, batch), "ours": lambda: our_encoding(fast, batch)}
+    swapped = accelerate(copy.deepcopy(plain).requires_grad_(False))
+    runs = {
+        "plain": lambda: plain_encoding(plain, batch),
+        "accelerated": lambda: plain_encoding(swapped, batch),
+        "ours": lambda: our_encoding(fast, batch),
+    }
     if HALF:
         runs |= {"plain_bf16": autocast, "ours_bf16": lambda: our_encoding(half, batch)}
     taken = seconds(runs, rounds=25)
-    ratios = {"float32": taken["plain"] / taken["ours"]}
+    ratios = {
+        name: taken["plain"] / taken[run] for name, run in (("float32", "ours"), ("accelerate_alone", "accelerated"))
+    }
     if HALF:
         ratios["bfloat16"] = taken["plain_bf16"] / taken["ours_bf16"]
         ratios["bfloat16_against_float32"] = taken["plain"] / taken["ours_bf16"]

@@ -39,6 +39,7 @@ from torch.utils.flop_counter import register_flop_formula
 from triton import cdiv, jit, next_power_of_2
 
 from .launch import launch, multiplied_in
+from .onednn import matmul
 from .traffic import nbytes, register_byte_formula
 
 _SHORTEST = 1e-12  # a shorter row counts as zero, which has no direction: cosine 0, gradient 0
@@ -96,9 +97,10 @@ def _unit(x: Tensor) -> Tensor:
 
 def _logits(x: Tensor, y: Tensor, bias: Tensor | None, diagonal: int) -> Tensor:
     """z = x y^T, or -y z of the sigmoid loss; matches are on this diagonal."""
+    z = x @ y.mT if torch.is_grad_enabled() else matmul(x, y.mT)
     if bias is None:
-        return x @ y.mT
-    z = torch.addmm(bias, x, y.mT)
+        return z
+    z = z + bias
     z.diagonal(diagonal).neg_()
     return z
 
@@ -182,9 +184,9 @@ def _multiply_back(
     for start, block in zip(range(0, len(x), ctx.size), x.split(ctx.size), strict=True):
         g = slope(_logits(block, y, bias, ctx.offset + start), start)
         if ctx.needs_input_grad[0]:
-            dx.append(g @ y)
+            dx.append(matmul(g, y))
         if dy is not None:
-            torch.addmm(dy, g.mT, block, out=dy)
+            dy += matmul(g.mT, block)
         if bias is not None:
             dbias += g.sum()
     return grad * torch.cat(dx) if dx else None, None if dy is None else grad * dy, grad * dbias
