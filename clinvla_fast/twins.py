@@ -151,19 +151,8 @@ def _supported(model: nn.Module) -> Iterator[nn.Module]:
             yield from _supported(child)
 
 
-def accelerate(model: nn.Module) -> nn.Module:
-    """Swap the slow parts of a model for fast twins, in place, and print what was swapped.
-
-    Supported, alone or in a larger model, compiled or not, frozen or trained: timm's VisionTransformer, BERT-family
-    models of transformers, AdapterHub's adapters in them too, and ClinVLA. Outputs and gradients are equal up to
-    rounding, `state_dict` key for key.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        ValueError: if there is nothing in it to accelerate.
-    """
+def swap(model: nn.Module) -> Counter[str]:
+    """Change what can be changed to its fast twin; how many of each kind."""
     _know_adapters()
     swapped: Counter[str] = Counter()
     for part in _supported(model):
@@ -178,6 +167,23 @@ def accelerate(model: nn.Module) -> nn.Module:
                 module.__class__ = twin
             elif type(module) in _ORIGINALS:
                 swapped["already fast"] += 1
+    return swapped
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Swap the slow parts of a model for fast twins, in place, and print what was swapped.
+
+    Supported, alone or in a larger model, compiled or not, frozen or trained: timm's VisionTransformer, BERT-family
+    models of transformers, AdapterHub's adapters in them too, and ClinVLA. Outputs and gradients are equal up to
+    rounding, `state_dict` key for key.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: if there is nothing in it to accelerate.
+    """
+    swapped = swap(model)
     if not swapped:
         raise ValueError(
             f"{type(model).__name__} has nothing to accelerate: supported are timm's VisionTransformer, transformers' "

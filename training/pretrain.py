@@ -135,6 +135,8 @@ class Job:
         self.device = torch.device(device_name(settings.device))
         if settings.compile and self.device.type == "cpu" and not any(map(shutil.which, _compilers())):
             raise DataError("--compile needs a C++ compiler on a CPU: apt-get install g++, or leave --compile out.")
+        if settings.fp8 and (reason := float8_refusal(self.device)):
+            raise DataError(f"{reason}: leave --fp8 out.")
         self.out, self.settings = open_run(settings)
         self.preset = _preset(self.settings)
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -238,7 +240,6 @@ class Job:
             model = ClinVLA(vision, text, self.preset.recipe, dtype).to(self.device)
         except ValueError as error:
             raise DataError(str(error)) from error
-        accelerate(model)
         if self.settings.fp8:
             self.quantise(model)
         tokens = model.max_tokens
@@ -269,8 +270,6 @@ class Job:
     # Parts
 
     def quantise(self, model: ClinVLA) -> None:
-        if reason := float8_refusal(self.device):
-            raise DataError(f"{reason}: leave --fp8 out.")
         if model.vision.vit.pos_embed.dtype != torch.bfloat16:
             raise DataError("--fp8 needs towers in bfloat16: leave --precision out.")
         layers = to_float8(model.vision.vit) + to_float8(model.text.bert)

@@ -23,6 +23,7 @@ from ..objectives import Alignment
 from ..recipe import Recipe
 from ..run import replacing
 from ..study import VIEWS, Embeddings, StudyBatch
+from ..twins import swap
 from .frozen import freeze
 from .packing import Packing
 from .towers import load_text, load_vision
@@ -53,7 +54,9 @@ class ProjectionHead(nn.Sequential):
 
 
 class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", license="apache-2.0"):
-    """ClinVLA (Hao et al. 2025, section 3), its towers frozen and its adapters new.
+    """ClinVLA (Hao et al. 2025, section 3), its towers frozen and fast, its adapters new.
+
+    `clinvla_fast.restore(model)` gives the reference: timm's and transformers' modules as they are.
 
     Args:
         vision: an image tower: see `load_vision`.
@@ -74,6 +77,7 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         self.text, self.tokenizer = load_text(str(text))
         for tower in (self.vision.vit, self.text.bert):
             freeze(tower, dtype)
+            swap(tower)
         self.vision.add_adapters(self.recipe)
         self.text.add_adapters(self.recipe)
         shared = self.recipe.width

@@ -9,7 +9,6 @@ from torch import nn
 from clinvla_fast import ClinVLA, Recipe
 from clinvla_fast.modeling.fp8 import Float8Linear, float8_refusal, to_float8
 from clinvla_fast.modeling.frozen import freeze
-from clinvla_fast.twins import accelerate
 
 
 def _layer(width, out, seed=0):
@@ -64,7 +63,7 @@ def test_embeddings_stay_close(tiny_towers, make_batch, shake):
     torch.manual_seed(0)
     model = ClinVLA(*tiny_towers.values(), Recipe(width=24, bottleneck=8), torch.bfloat16)
     shake(model)
-    other = accelerate(copy.deepcopy(model))
+    other = copy.deepcopy(model)
     assert to_float8(other.vision.vit) and to_float8(other.text.bert)
     batch = make_batch([[1, 0], [1, 1], [0, 1]], [9, 4, 7])
     with torch.no_grad():

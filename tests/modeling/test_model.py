@@ -11,7 +11,7 @@ from clinvla_fast import ClinVLA, DataError, Recipe
 from clinvla_fast.modeling.model import parameter_groups
 from clinvla_fast.modeling.packing import Packing
 from clinvla_fast.pretraining import compile_tower_blocks
-from clinvla_fast.twins import accelerate
+from clinvla_fast.twins import restore
 
 REPORTS = (
     "The lungs are clear. No pleural effusion or pneumothorax.",
@@ -352,8 +352,8 @@ def test_compiled_blocks(tiny_model, make_batch, shake, fast):
         expected.append((e, {name: p.grad.clone() for name, p in tiny_model.trainable().items()}))
         tiny_model.zero_grad(set_to_none=True)
     torch._dynamo.reset()
-    if fast:
-        accelerate(tiny_model)
+    if not fast:
+        restore(tiny_model)
     compile_tower_blocks(tiny_model.vision, tiny_model.text)
     for i, (batch, (right, gradients)) in enumerate(zip(batches, expected, strict=True)):
         with torch._dynamo.config.patch(error_on_recompile=i >= 2):

@@ -35,6 +35,16 @@ def error_of(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize("blocks", ["x", "3-1", "1,,2", "-2"])
+def test_adapter_blocks_that_are_none(capsys, tmp_path, blocks):
+    error = error_of(capsys, "--out", str(tmp_path / "run"), f"--adapter-blocks={blocks}")
+    assert f"--adapter-blocks is '{blocks}': expected numbers and ranges, as 8-11 or 2,5,8-11" in error
+
+
+def test_fp8_without_a_gpu(capsys, tmp_path):
+    assert "the device is cpu: leave --fp8 out" in error_of(capsys, "--out", str(tmp_path / "run"), "--fp8")
+
+
 def test_summary(finished_run):
     summary = json.loads((finished_run / "summary.json").read_text())
     model = ClinVLA.from_pretrained(finished_run)
