@@ -4,12 +4,12 @@ Runs alternate and the ratio of their medians is recorded; nothing is asserted o
 """
 
 import os
-import time
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 
 import pytest
 import torch
+from measure import times_faster
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,21 +53,10 @@ def _about(inputs: list[Tensor]) -> dict[str, object]:
     }
 
 
-def _medians(losses: dict[str, Loss], inputs: list[Tensor], rounds: int) -> dict[str, float]:
-    """Seconds a step of each, taking turns after a first step that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in losses}
-    for turn in range(rounds + 1):
-        for name, loss in losses.items():
-            start = time.perf_counter()
-            _step(loss, inputs)
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: median(taken) for name, taken in times.items()}
-
-
 @pytest.mark.parametrize("batch", [32, 256, 4096])
 def test_cpu(benchmark, batch):
     inputs = _inputs(batch)
-    taken = _medians({"dense": dense, "streaming": ops.contrastive}, inputs, rounds=max(5, 20_000 // batch))
-    benchmark.extra_info |= _about(inputs) | {"times_faster_than_dense": taken["dense"] / taken["streaming"]}
+    slow, fast = partial(_step, dense, inputs), partial(_step, ops.contrastive, inputs)
+    ratio = times_faster(slow, fast, rounds=max(5, 20_000 // batch))
+    benchmark.extra_info |= _about(inputs) | {"times_faster_than_dense": ratio}
     benchmark.pedantic(_step, (ops.contrastive, inputs), rounds=3)

@@ -5,13 +5,12 @@ the formula of METHODS, section 2: for each caption, all images at once, and aut
 """
 
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from measure import peak_memory, times_faster
 from torch import Tensor
 
 from clinvla_fast import ops
@@ -53,29 +52,6 @@ def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Ten
     return [x.grad for x in leaves if x.grad is not None]
 
 
-def ratio(slow: Callable[[], object], fast: Callable[[], object], rounds: int) -> float:
-    """Median time of `slow` over that of `fast`, run in turns."""
-    times: dict[Callable[[], object], list[float]] = {slow: [], fast: []}
-    for _ in range(rounds + 1):
-        for function, taken in times.items():
-            start = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - start)
-    return statistics.median(times[slow][1:]) / statistics.median(times[fast][1:])
-
-
-def peak_memory(function: Callable[[], object]) -> int:
-    """Bytes allocated at once, beyond what was there before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 def record(benchmark, **figures) -> None:
     benchmark.extra_info.update(
         figures, device="cpu", threads=torch.get_num_threads(), torch=torch.__version__, machine=platform.machine()
@@ -100,11 +76,11 @@ def test_speed(benchmark, case):
     studies, patches, lengths, least = CASES[case]
     inputs = batch(studies, patches, lengths)
     ours = partial(gradients, ops.local_alignment, inputs)
-    times_faster = ratio(partial(gradients, caption_loop, inputs), ours, rounds=5 if studies > 32 else 30)
+    ratio = times_faster(partial(gradients, caption_loop, inputs), ours, rounds=5 if studies > 32 else 30)
     pairs = 2 * 2 * 3 * studies * int(lengths.sum()) * patches * WIDTH
-    record(benchmark, times_faster=times_faster, flops=pairs, bytes=sum(x.nbytes for x in inputs))
+    record(benchmark, times_faster=ratio, flops=pairs, bytes=sum(x.nbytes for x in inputs))
     benchmark.pedantic(ours, rounds=1)
-    assert times_faster >= least
+    assert ratio >= least
 
 
 def test_memory(benchmark):

@@ -6,13 +6,12 @@ from the formulas.
 """
 
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from measure import times_faster
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -43,15 +42,8 @@ def step(loss: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...
 
 def compare(benchmark, slow: Callable[[], object], fast: Callable[[], object], rounds: int, **figures) -> None:
     """Record the median time of `slow` over that of `fast`, after a first turn that is not counted."""
-    times: dict[Callable[[], object], list[float]] = {slow: [], fast: []}
-    for _ in range(rounds + 1):
-        for function, taken in times.items():
-            start = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - start)
-    slower, faster = (statistics.median(taken[1:]) for taken in times.values())
     benchmark.extra_info.update(
-        figures, times_faster=slower / faster, seconds=faster, device="cpu", threads=torch.get_num_threads(),
+        figures, times_faster=times_faster(slow, fast, rounds), device="cpu", threads=torch.get_num_threads(),
         torch=torch.__version__, machine=platform.machine(),
     )  # fmt: skip
     benchmark.pedantic(fast, rounds=1)

@@ -10,14 +10,12 @@ bfloat16 the plain way is autocast.
 
 import copy
 import platform
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 import pytest
 import timm
 import torch
+from measure import peak_memory, seconds
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel
@@ -112,30 +110,6 @@ def finish(towers: nn.ModuleDict, image: Tensor, text: Tensor) -> None:
     parameters = [p for p in towers.parameters() if p.grad is not None]
     torch.optim.AdamW(parameters, lr=1e-6).step()
     towers.zero_grad(set_to_none=True)
-
-
-def seconds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median time of each, taking turns after one that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: median(taken[1:]) for name, taken in times.items()}
-
-
-def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes allocated at once, beyond what was there before; weights are packed in a first run."""
-    run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def record(benchmark, ratios: dict[str, float], **figures) -> None:
