@@ -52,10 +52,40 @@ class Schedule:
         return (1 + math.cos(math.pi * (step - rising) / max(1, self.steps - rising))) / 2
 
 
+_SIGNALS = signal.SIGINT, signal.SIGTERM
+_raised = False  # by `interruptible`
+
+
+@contextmanager
+def _handled(handler: Callable) -> Iterator[None]:
+    previous = {s: signal.signal(s, handler) for s in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Around a job's stages: Ctrl-C and SIGTERM raise KeyboardInterrupt. Should a library that runs between stages
+    swallow it, the next stage stops after its first step."""
+    global _raised
+    _raised = False
+
+    def note_and_raise(signum, frame):
+        global _raised
+        _raised = True
+        raise KeyboardInterrupt
+
+    with _handled(note_and_raise):
+        yield
+
+
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
     """Within: Ctrl-C and SIGTERM are noted instead of raised, so that a step is never cut in two."""
-    seen = False
+    seen = _raised
 
     def note(signum, frame):
         nonlocal seen
@@ -63,12 +93,8 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         seen = True
 
-    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled(note):
         yield lambda: seen
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def fit(

@@ -41,7 +41,7 @@ from clinvla_fast.modeling.towers import (
     save_vision,
 )
 from clinvla_fast.presets import PRESETS, Preset, PresetName
-from clinvla_fast.pretraining import align, compile_tower_blocks, make_towers, retrieve, warm_up
+from clinvla_fast.pretraining import align, compile_tower_blocks, interruptible, make_towers, retrieve, warm_up
 from clinvla_fast.recipe import Objective
 from clinvla_fast.run import Run, replacing, write_json
 from clinvla_fast.twins import accelerate
@@ -102,7 +102,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     settings = tyro.cli(Pretrain, prog="python -m training.pretrain", description=__doc__, args=args)
     quiet_libraries()
-    with one_clear_error(), attention.use(settings.attention):
+    with one_clear_error(), attention.use(settings.attention), interruptible():
         Job(settings).run()
 
 

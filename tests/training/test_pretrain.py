@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from clinvla_fast import ClinVLA
+from clinvla_fast.pretraining import _interrupts, interruptible
 from training.pretrain import main
 
 SMALL = ["--epochs", "3", "--tower-epochs", "1", "--batch-size", "16", "--device", "cpu"]
@@ -100,6 +102,18 @@ def test_interrupted_and_resumed_is_the_same(finished_run, tmp_path, stage):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     ours, theirs = ((run / "metrics.jsonl").read_text().splitlines() for run in (finished_run, out))
     assert ours == theirs
+
+
+def test_an_interrupt_swallowed_between_stages_stops_the_next():
+    with interruptible():
+        with suppress(KeyboardInterrupt):  # as a library's bare `except:` does
+            signal.raise_signal(signal.SIGINT)
+        with _interrupts() as interrupted:
+            assert interrupted()
+    with interruptible(), _interrupts() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupted()
 
 
 def test_resuming_a_finished_run_only_reports(finished_run, capsys):
