@@ -24,24 +24,34 @@ class BackendUnavailable(RuntimeError):
     """The backend asked for cannot run an operation where its tensors are."""
 
 
-def _checked(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}: expected one of {', '.join(BACKENDS)}.")
-    return name
+class Choice:
+    """One of several names, from an environment variable or "auto", until `use` puts another in force.
+
+    Raises:
+        ValueError: for a name that is none of them.
+    """
+
+    def __init__(self, what: str, names: tuple[str, ...], variable: str):
+        self.what, self.names = what, names
+        self.current = self._checked(os.environ.get(variable, "auto"))
+
+    def _checked(self, name: str) -> str:
+        if name not in self.names:
+            raise ValueError(f"{self.what} is {name!r}: expected one of {', '.join(self.names)}.")
+        return name
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Run a block of code with one of the names."""
+        previous, self.current = self.current, self._checked(name)
+        try:
+            yield
+        finally:
+            self.current = previous
 
 
-_current = _checked(os.environ.get("CLINVLA_BACKEND", "auto"))
-
-
-@contextmanager
-def use(name: str) -> Iterator[None]:
-    """Run a block of code with one of BACKENDS."""
-    global _current
-    previous, _current = _current, _checked(name)
-    try:
-        yield
-    finally:
-        _current = previous
+_choice = Choice("backend", BACKENDS, "CLINVLA_BACKEND")
+use = _choice.use
 
 
 def implementation(operation: ModuleType, tensor: Tensor, form: str = "") -> Callable:
@@ -54,15 +64,15 @@ def implementation(operation: ModuleType, tensor: Tensor, form: str = "") -> Cal
         BackendUnavailable: `triton` was asked for and cannot run where the tensor is.
     """
     suffix = f"_{form}" if form else ""
-    if _current == "reference":
+    if _choice.current == "reference":
         return getattr(operation, f"reference{suffix}")
-    if _current == "triton" and not (tensor.is_cuda or INTERPRETED):
+    if _choice.current == "triton" and not (tensor.is_cuda or INTERPRETED):
         name = operation.__name__.rpartition(".")[2]
         raise BackendUnavailable(
             f"the Triton kernel of {name} runs on a GPU and its tensors are on {tensor.device.type}: move them, "
             "or use the reference or auto backend."
         )
     supported = getattr(operation, "supports", lambda tensor: tensor.dtype != torch.float64)
-    if _current == "triton" or (tensor.is_cuda and supported(tensor)):
+    if _choice.current == "triton" or (tensor.is_cuda and supported(tensor)):
         return getattr(operation, f"triton{suffix}")
     return getattr(operation, f"reference{suffix}")

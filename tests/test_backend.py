@@ -62,10 +62,10 @@ def test_the_interpreter_runs_kernels_on_a_cpu(monkeypatch):
 
 
 def test_unknown_name():
-    before = backend._current
+    before = backend._choice.current
     with pytest.raises(ValueError, match="'cuda': expected one of reference, triton, auto"), backend.use("cuda"):
         pass
-    assert backend._current == before
+    assert backend._choice.current == before
 
 
 def test_use_restores_the_choice_also_after_an_error():

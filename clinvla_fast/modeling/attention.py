@@ -9,40 +9,21 @@
 """
 
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..backend import BackendUnavailable
+from ..backend import BackendUnavailable, Choice
 from .packing import Packing
 
 KERNELS = ("xformers", "varlen", "sdpa")
 _log = logging.getLogger("clinvla_fast")
 
 
-def _checked(name: str) -> str:
-    if name not in (*KERNELS, "auto"):
-        raise ValueError(f"attention is {name!r}: expected one of {', '.join(KERNELS)}, auto.")
-    return name
-
-
-_current = _checked(os.environ.get("CLINVLA_ATTENTION", "auto"))
-
-
-@contextmanager
-def use(name: str) -> Iterator[None]:
-    """Run a block of code with one of KERNELS, or "auto"."""
-    global _current
-    previous, _current = _current, _checked(name)
-    try:
-        yield
-    finally:
-        _current = previous
+_choice = Choice("attention", (*KERNELS, "auto"), "CLINVLA_ATTENTION")
+use = _choice.use
 
 
 @cache
@@ -99,7 +80,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None
     Raises:
         BackendUnavailable: the library asked for cannot run where the tensors are.
     """
-    kernel = _chosen(_current, query.device.type, query.dtype)
+    kernel = _chosen(_choice.current, query.device.type, query.dtype)
     if kernel == "sdpa":
         return _sdpa(query, key, value, packing)
     if packing is None:
