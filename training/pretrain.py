@@ -40,11 +40,10 @@ from clinvla_fast.modeling.towers import (
     save_text,
     save_vision,
 )
-from clinvla_fast.presets import PRESETS, Preset, PresetName
+from clinvla_fast.presets import PRESETS, Precision, Preset, PresetName
 from clinvla_fast.pretraining import align, compile_tower_blocks, interruptible, make_towers, retrieve, warm_up
 from clinvla_fast.recipe import Objective
 from clinvla_fast.run import Run, replacing, write_json
-from clinvla_fast.twins import accelerate
 
 from .console import device_name, one_clear_error, quiet_libraries
 
@@ -73,9 +72,9 @@ class Pretrain:
     adapter_blocks: str | None = None
     """Which blocks of both towers carry adapters, from 0, as 8-11 or 2,5,8-11. What lies below the lowest is not
     trained and costs no backward pass. Default: every block."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision | None = None
     """What the frozen towers compute in. auto: bfloat16 where the machine has matrix instructions for it. What is
-    trained is float32."""
+    trained is float32. Default: the preset's."""
     fp8: bool = False
     """Frozen linear layers in FP8, where a GPU has it: faster, and a little less exact."""
     attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
@@ -217,7 +216,6 @@ class Job:
             text, tokenizer = load_text(self.preset.text)
         vision = make_tiny_vision() if self.preset.vision is None else load_vision(self.preset.vision)
         model = MaskedModeling(vision, text, tokenizer.mask_token_id).to(self.device)
-        accelerate(model)
         if self.settings.compile:
             compile_tower_blocks(vision, text)
         settings = self.preset.towers
@@ -235,7 +233,8 @@ class Job:
 
     def align(self, run: Run, data: Path, manifest: dict, vision: str, text: str) -> ClinVLA:
         torch.manual_seed(self.settings.seed)
-        dtype = compute_dtype(self.device) if self.settings.precision == "auto" else _DTYPES[self.settings.precision]
+        precision = self.settings.precision or self.preset.precision
+        dtype = compute_dtype(self.device) if precision == "auto" else _DTYPES[precision]
         try:
             model = ClinVLA(vision, text, self.preset.recipe, dtype).to(self.device)
         except ValueError as error:
@@ -342,7 +341,7 @@ def _preset(settings: Pretrain) -> Preset:
         given = {"epochs": settings.tower_epochs, "batch_size": settings.batch_size}
         towers = replace(towers, **{k: v for k, v in given.items() if v is not None})
     vision, text = settings.vision_tower or preset.vision, settings.text_tower or preset.text
-    return Preset(recipe=recipe, vision=vision, text=text, towers=towers)
+    return replace(preset, recipe=recipe, vision=vision, text=text, towers=towers)
 
 
 def _blocks(text: str) -> tuple[int, ...]:
