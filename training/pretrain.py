@@ -253,8 +253,10 @@ class Job:
             sizes = {"image_size": model.vision.image_size, "max_tokens": tokens}
             return self.training_loader(data, model.tokenizer, recipe.batch_size, checkpoint, **sizes)
 
-        first = next(iter(make_loader(None))).to(self.device)
-        if run.state is None or run.state["stage"] != "align":
+        new = run.state is None or run.state["stage"] != "align"
+        if new or self.settings.compile:
+            first = next(iter(make_loader(None))).to(self.device)
+        if new:
             model.standardise_heads(first)
         if self.settings.compile:
             compile_tower_blocks(model.vision, model.text)
