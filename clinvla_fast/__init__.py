@@ -9,6 +9,7 @@ from .errors import DataError
 from .study import VIEWS
 
 _HOME = {
+    "Captured": ".modeling.captured",
     "ClinVLA": ".modeling.model",
     "Collection": ".search",
     "Embeddings": ".study",
@@ -22,6 +23,7 @@ _MODULES = ("backend", "ops")
 
 __all__ = [
     "VIEWS",
+    "Captured",
     "ClinVLA",
     "Collection",
     "DataError",

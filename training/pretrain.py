@@ -28,7 +28,7 @@ from clinvla_fast.data.tokenizer import train_tokenizer
 from clinvla_fast.errors import DataError
 from clinvla_fast.evaluation.curves import draw_curves
 from clinvla_fast.modeling import attention
-from clinvla_fast.modeling.fp8 import float8_refusal, to_float8
+from clinvla_fast.modeling.fp8 import float8_refusal, quantise
 from clinvla_fast.modeling.frozen import compute_dtype
 from clinvla_fast.modeling.masked_modeling import MaskedModeling
 from clinvla_fast.modeling.model import ClinVLA
@@ -44,6 +44,7 @@ from clinvla_fast.presets import PRESETS, Precision, Preset, PresetName
 from clinvla_fast.pretraining import align, compile_tower_blocks, interruptible, make_towers, retrieve, warm_up
 from clinvla_fast.recipe import Objective
 from clinvla_fast.run import Run, replacing, write_json
+from clinvla_fast.study import StudyBatch
 
 from .console import device_name, one_clear_error, quiet_libraries
 
@@ -76,7 +77,7 @@ class Pretrain:
     """What the frozen towers compute in. auto: bfloat16 where the machine has matrix instructions for it. What is
     trained is float32. Default: the preset's."""
     fp8: bool = False
-    """Frozen linear layers in FP8, where a GPU has it: faster, and a little less exact."""
+    """Frozen linear layers in FP8, where a GPU has it: as many as leave a tower's features close to bfloat16's."""
     attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
     """Which library attends. auto: xformers on a GPU, sdpa on a CPU."""
     compile: bool = False
@@ -239,8 +240,6 @@ class Job:
             model = ClinVLA(vision, text, self.preset.recipe, dtype).to(self.device)
         except ValueError as error:
             raise DataError(str(error)) from error
-        if self.settings.fp8:
-            self.quantise(model)
         tokens = model.max_tokens
         self.flops = {
             "flops_per_sample": forward_flops(model, views=2, tokens=tokens),
@@ -254,8 +253,10 @@ class Job:
             return self.training_loader(data, model.tokenizer, recipe.batch_size, checkpoint, **sizes)
 
         new = run.state is None or run.state["stage"] != "align"
-        if new or self.settings.compile:
+        if new or self.settings.compile or self.settings.fp8:
             first = next(iter(make_loader(None))).to(self.device)
+        if self.settings.fp8:
+            self.quantise(model, first)
         if new:
             model.standardise_heads(first)
         if self.settings.compile:
@@ -270,11 +271,15 @@ class Job:
 
     # Parts
 
-    def quantise(self, model: ClinVLA) -> None:
+    def quantise(self, model: ClinVLA, batch: StudyBatch) -> None:
+        """By the towers and the first batch alone, so that a resumed run puts the same layers in FP8."""
         if model.vision.vit.pos_embed.dtype != torch.bfloat16:
             raise DataError("--fp8 needs towers in bfloat16: leave --precision out.")
-        layers = to_float8(model.vision.vit) + to_float8(model.text.bert)
-        console.print(f"{layers} frozen linear layers in FP8")
+        for kind, tower, features in (
+            ("image", model.vision.vit, lambda: model.image_features(batch)),
+            ("report", model.text.bert, lambda: model.text_features(batch)),
+        ):
+            console.print("{} tower: {} of {} linear layers in FP8".format(kind, *quantise(tower, features)))
 
     def training_loader(self, data: Path, tokenizer, batch_size: int, checkpoint: str | None, **sizes) -> StudyLoader:
         return StudyLoader(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..backend import BackendUnavailable, Choice
-from .packing import Packing
+from .packing import Grid, Packing
 
 KERNELS = ("xformers", "varlen", "sdpa")
 _log = logging.getLogger("clinvla_fast")
@@ -73,6 +73,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None
     Args:
         query, key, value: [B, L, heads, d], B sequences of one length; or with a packing, [total, heads, d], sequences
             one after the other.
+        packing: in a Grid, which has padding, SDPA attends whichever library is chosen: the others take no mask.
 
     Returns:
         As query.
@@ -81,18 +82,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None
         BackendUnavailable: the library asked for cannot run where the tensors are.
     """
     kernel = _chosen(_choice.current, query.device.type, query.dtype)
-    if kernel == "sdpa":
+    if kernel == "sdpa" or isinstance(packing, Grid):
         return _sdpa(query, key, value, packing)
-    if packing is None:
-        batch, length = query.shape[:2]
-        starts = torch.arange(0, (batch + 1) * length, length, device=query.device, dtype=torch.int32)
-        rows = (x.flatten(0, 1) for x in (query, key, value))
-        lengths = torch.full((batch,), length)
-        out = _xformers_op(*rows, lengths) if kernel == "xformers" else _varlen(*rows, starts, length)
-        return out.unflatten(0, (batch, length))
     if kernel == "xformers":
-        return _xformers_op(query, key, value, packing.lengths)
-    return _varlen(query, key, value, packing.starts, packing.mask.shape[1])
+        return _xformers_op(query, key, value, None if packing is None else packing.lengths)
+    if packing is not None:
+        return _varlen(query, key, value, packing.starts, packing.mask.shape[1])
+    batch, length = query.shape[:2]
+    starts = torch.arange(0, (batch + 1) * length, length, device=query.device, dtype=torch.int32)
+    return _varlen(*(x.flatten(0, 1) for x in (query, key, value)), starts, length).unflatten(0, (batch, length))
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None) -> Tensor:
@@ -128,10 +126,12 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: 
 # backward pass runs the forward pass again, as the shape of what xformers saves depends on the kernel that it picks.
 
 
-def _xformers(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+def _xformers(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None) -> Tensor:
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
+    if lengths is None:
+        return memory_efficient_attention(query, key, value)
     mask = BlockDiagonalMask.from_seqlens([n for n in lengths.tolist() if n], device=query.device)
     return memory_efficient_attention(query[None], key[None], value[None], attn_bias=mask)[0]
 
@@ -146,7 +146,7 @@ def _(query, key, value, lengths):
 
 @torch.library.custom_op("clinvla_fast::xformers_attention_backward", mutates_args=())
 def _xformers_backward_op(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = [x.detach().requires_grad_() for x in (query, key, value)]
     with torch.enable_grad():

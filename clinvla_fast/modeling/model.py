@@ -131,6 +131,15 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         local = packing.pad(self.image_local(tokens[:, 1:]).to(tokens.dtype)).flatten(1, 2)
         return pooled, local, packing.mask.repeat_interleave(tokens.shape[1] - 1, 1)
 
+    def image_features(self, batch: StudyBatch) -> Tensor:
+        """What the image heads see of a study, whole views and CLS alone: [B, width]."""
+        return self._mean_cls(self.vision(batch.images, batch.present), batch.present)
+
+    def text_features(self, batch: StudyBatch) -> Tensor:
+        """What the report heads see of a study, CLS alone: [B, width]."""
+        packing = Packing.of(batch.lengths, batch.tokens.device)
+        return self.text(batch.tokens, packing)[packing.first]
+
     @staticmethod
     def _mean_cls(tokens: Tensor, present: Tensor) -> Tensor:
         """Mean CLS token of each study's views: [B, width], zero without a view."""

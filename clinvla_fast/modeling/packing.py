@@ -38,9 +38,29 @@ class Packing:
     def pad(self, rows: Tensor) -> Tensor:
         """Packed rows [total, ...] as [B, L, ...], zero where there is none."""
         batch, longest = self.mask.shape
-        grid = rows.new_zeros(batch * longest, *rows.shape[1:]).index_copy(0, self.slot, rows)
+        grid = rows.new_zeros(batch * longest, *rows.shape[1:]).index_put((self.slot,), rows)  # saves no rows
         return grid.unflatten(0, (batch, longest))
 
     def pack(self, grid: Tensor) -> Tensor:
         """The inverse of `pad`: [B, L, ...] to [total, ...]."""
         return grid.flatten(0, 1)[self.slot]
+
+
+class Grid(Packing):
+    """Sequences that stay in their padded grid: no shape depends on their lengths, which may be on any device."""
+
+    @classmethod
+    def of(cls, lengths: Tensor, longest: int) -> "Grid":
+        """The grid of sequences of `lengths` (int64 [B], from 1 up to `longest`)."""
+        batch, device = len(lengths), lengths.device
+        slot = torch.arange(batch * longest, device=device)
+        mask = torch.arange(longest, device=device) < lengths[:, None]
+        starts = torch.arange(0, (batch + 1) * longest, longest, device=device, dtype=torch.int32)
+        return cls(slot, slot // longest, slot % longest, mask, slot[::longest], starts, lengths)
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """Rows [B L, ...] as [B, L, ...], whatever they are where a sequence has ended."""
+        return rows.unflatten(0, self.mask.shape)
+
+    def pack(self, grid: Tensor) -> Tensor:
+        return grid.flatten(0, 1)

@@ -1,0 +1,164 @@
+"""Inference at the lowest latency: the whole model as CUDA graphs, its two towers side by side on two streams.
+
+A graph replays the same kernels on the same memory, so nothing may depend on what is in a batch: here every view slot
+is computed, present or not, and reports lie in a grid. Batches are padded up to the next size that is captured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..study import Embeddings, StudyBatch
+from .model import ClinVLA
+from .packing import Grid, Packing
+
+_WORDS = 32  # reports are padded up to a multiple of it
+_WARM_UPS = 3  # before a capture: what is compiled, tuned or allocated once must be so by then
+
+
+def embed_images(model: ClinVLA, images: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ClinVLA.embed_images` of whole images, with the same operations whatever is present.
+
+    Local embeddings keep the places of absent views, as zeros that the mask leaves out.
+    """
+    patches, views = model.vision.patches, present.numel()
+    every = torch.arange(patches, device=images.device).expand(views, -1)
+    tokens = model.vision(images, torch.ones_like(present), every).unflatten(0, present.shape)
+    seen = present[..., None].to(torch.promote_types(tokens.dtype, torch.float32))
+    count = present.sum(1)[:, None]
+    pooled = model.image_global((tokens[:, :, 0] * seen).sum(1) / count.clamp(min=1)) * (count > 0)
+    local = model.image_local(tokens[:, :, 1:]).to(tokens.dtype) * present[..., None, None]
+    return pooled, local.flatten(1, 2), present.repeat_interleave(patches, 1, output_size=present.shape[1] * patches)
+
+
+def embed_reports(model: ClinVLA, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ClinVLA.embed_reports`, of reports in a grid.
+
+    Args:
+        tokens: int64 [B, L], anything where a report has ended.
+        lengths: int64 [B], on the same device, from 1 to L.
+    """
+    grid = Grid.of(lengths, tokens.shape[1])
+    hidden = model.text(tokens.flatten(), grid)
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    words = (columns > 0) & (columns < lengths[:, None] - 1)
+    local = grid.pad(model.text_local(hidden).to(hidden.dtype)) * grid.mask[..., None]
+    return model.text_global(hidden[grid.first]), local, words
+
+
+@dataclass
+class _Graph:
+    """What a graph reads and writes, at addresses that stay."""
+
+    images: Tensor
+    present: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    out: Embeddings
+    graph: torch.cuda.CUDAGraph | None
+
+
+class Captured:
+    """A model whose batches run as CUDA graphs: `captured(batch)` is `model(batch)`.
+
+    A graph is captured when a shape first comes: for each batch size, number of view slots, and 32 words. On other
+    devices the same operations run one by one. The model's weights may change in place (training, load_state_dict), but
+    neither move nor change their dtype.
+
+    Args:
+        model: a ClinVLA, on its device; put in evaluation mode.
+        batch_sizes: a batch is padded up to the next of these; one larger than all of them goes in parts.
+
+    Raises:
+        ValueError: if there is no batch size, or one below 1.
+    """
+
+    def __init__(self, model: ClinVLA, batch_sizes: Sequence[int] = (1, 8, 32, 128)):
+        if not batch_sizes or min(batch_sizes) < 1:
+            raise ValueError(f"batch_sizes are {list(batch_sizes)}: expected one or more, from 1 up.")
+        self.model = model.eval()
+        self.batch_sizes = sorted(set(batch_sizes))
+        self._graphs: dict[tuple[int, int, int], _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def __call__(self, batch: StudyBatch) -> Embeddings:
+        """Embeddings of a batch, as ClinVLA.forward, in new memory.
+
+        Views keep their slots in image_local, as zeros that image_mask leaves out where a view is absent; local
+        embeddings are padded further than there.
+
+        Raises:
+            ValueError: if a report is longer than the model reads, or the images are not of its size.
+        """
+        lengths, largest = batch.lengths, self.batch_sizes[-1]
+        longest = max(lengths.tolist(), default=0)
+        if longest > self.model.text.max_tokens:
+            raise ValueError(f"a report has {longest} tokens: this model reads {self.model.text.max_tokens} at most.")
+        words = min(max(-(-longest // _WORDS), 1) * _WORDS, self.model.text.max_tokens)
+        tokens = Packing.of(lengths, batch.tokens.device).pad(batch.tokens)
+        tokens = pad(tokens, (0, words - tokens.shape[1]))
+        parts = [
+            self._part(*(x[start : start + largest] for x in (batch.images, batch.present, tokens, lengths)))
+            for start in range(0, max(len(batch), 1), largest)
+        ]
+        return Embeddings(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Embeddings)})
+
+    def _part(self, images: Tensor, present: Tensor, tokens: Tensor, lengths: Tensor) -> Embeddings:
+        """At most as many studies as the largest graph takes."""
+        studies = len(images)
+        size = next(size for size in self.batch_sizes if size >= studies)
+        shape = (size, images.shape[1], tokens.shape[1])
+        if shape not in self._graphs:
+            self._graphs[shape] = self._capture(*shape)
+        held = self._graphs[shape]
+        for to, x in ((held.images, images), (held.tokens, tokens), (held.present, present), (held.lengths, lengths)):
+            to[:studies].copy_(x, non_blocking=True)
+        held.present[studies:] = False
+        held.lengths[studies:] = 1
+        held.lengths.clamp_(min=1)
+        if held.graph is None:
+            held.out = self._run(held)
+        else:
+            held.graph.replay()
+        return Embeddings(**{f.name: getattr(held.out, f.name)[:studies].clone() for f in fields(Embeddings)})
+
+    def _run(self, held: _Graph, beside: torch.cuda.Stream | None = None) -> Embeddings:
+        """The model on what `held` holds, its report tower on the stream `beside`."""
+        if beside is None:
+            image, text = embed_images(self.model, held.images, held.present), None
+            text = embed_reports(self.model, held.tokens, held.lengths)
+            return Embeddings(*image, *text)
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            text = embed_reports(self.model, held.tokens, held.lengths)
+        image = embed_images(self.model, held.images, held.present)
+        torch.cuda.current_stream().wait_stream(beside)
+        return Embeddings(*image, *text)
+
+    def _capture(self, studies: int, views: int, words: int) -> _Graph:
+        model = self.model
+        size, on = model.vision.image_size, {"device": model.device}
+        held = _Graph(
+            images=torch.zeros(studies, views, size, size, dtype=torch.uint8, **on),
+            present=torch.ones(studies, views, dtype=torch.bool, **on),
+            tokens=torch.zeros(studies, words, dtype=torch.int64, **on),
+            lengths=torch.full((studies,), words, **on),
+            out=None,
+            graph=None,
+        )
+        if self._pool is None:
+            return held
+        main, beside = torch.cuda.Stream(), torch.cuda.Stream()
+        main.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(main):
+            for _ in range(_WARM_UPS):
+                self._run(held, beside)
+        torch.cuda.current_stream().wait_stream(main)
+        held.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(held.graph, pool=self._pool, stream=main):
+            held.out = self._run(held, beside)
+        return held
