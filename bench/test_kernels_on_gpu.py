@@ -11,11 +11,11 @@ for reads and writes out of bounds.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import median
 
 import pytest
 import torch
 import triton
+from measure_on_gpu import Step, machine, peak, seconds
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,10 +25,8 @@ from clinvla_fast.kernels import local_alignment
 from clinvla_fast.kernels.contrastive import symmetric_cross_entropy
 from clinvla_fast.kernels.traffic import ByteCounter
 
-ROUNDS = 20
 TIMES_EAGER, TIMES_COMPILED = 3, 1.5
 WIDTH, INNER, LOCAL, PATCHES = 768, 192, 128, 196
-Step = Callable[[], object]
 
 
 def normal(*shape: int, scale: float = 1.0, trained: bool = True, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -135,30 +133,6 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def seconds(steps: dict[str, Step], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median time of each by the device's clock, taking turns after two that are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 2):
-        for name, step in steps.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            if turn > 1:
-                times[name].append(start.elapsed_time(end) / 1e3)
-    return {name: median(taken) for name, taken in times.items()}
-
-
-@pytest.fixture(scope="module")
-def machine() -> dict[str, float]:
-    """Bytes a second of a large copy and FLOP/s of a large bf16 product."""
-    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
-    target, (a, b) = torch.empty_like(source), torch.randn(2, 8192, 8192, device="cuda").bfloat16()
-    taken = seconds({"copy": lambda: target.copy_(source), "product": lambda: a @ b})
-    return {"bytes_a_second": 2 * len(source) / taken["copy"], "flops_a_second": 2 * 8192**3 / taken["product"]}
-
-
 def work(step: Step) -> tuple[int, int]:
     """FLOPs and compulsory bytes."""
     with FlopCounterMode(display=False) as flops, ByteCounter() as moved:
@@ -166,19 +140,9 @@ def work(step: Step) -> tuple[int, int]:
     return flops.get_total_flops(), moved.total
 
 
-def peak(step: Step) -> int:
-    """Bytes allocated at once, beyond what was there before."""
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return torch.cuda.max_memory_allocated() - before
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
-def test_speed(benchmark, machine, name):
+def test_speed(benchmark, name):
     torch.manual_seed(0)
     torch._dynamo.reset()
     case = CASES[name]()
@@ -188,10 +152,10 @@ def test_speed(benchmark, machine, name):
         steps["compiled"] = partial(case.step, torch.compile(case.reference))
     taken = seconds(steps)
     flops, moved = work(case.step)
-    floor = max(flops / machine["flops_a_second"], moved / machine["bytes_a_second"])
+    floor = max(flops / machine()["flops_a_second"], moved / machine()["bytes_a_second"])
     ratios = {f"times_{other}": taken[other] / taken["ours"] for other in steps if other != "ours"}
     benchmark.extra_info |= (
-        machine
+        machine()
         | ratios
         | {
             "device": torch.cuda.get_device_name(),

@@ -1,4 +1,5 @@
 import json
+import random
 import shutil
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from PIL import Image
 from clinvla_fast import ClinVLA, DataError, Recipe
 from clinvla_fast.modeling.model import parameter_groups
 from clinvla_fast.modeling.packing import Packing
-from clinvla_fast.pretraining import compile_tower_blocks
+from clinvla_fast.pretraining import compile_tower_blocks, warm_up
 from clinvla_fast.twins import restore
 
 REPORTS = (
@@ -366,3 +367,27 @@ def test_compiled_blocks(tiny_model, make_batch, shake, fast):
                 p.grad, gradients[name], rtol=1e-3, atol=1e-3 * gradients[name].abs().max().item()
             )
         tiny_model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_nothing_is_compiled_anew_over_an_epoch(tiny_model, make_batch, shake):
+    """After the warm-up, whatever views and lengths come, in training and evaluation, up to an uneven last batch."""
+    draw = random.Random(0)
+
+    def batch(studies):
+        present = [[draw.random() < share for share in (0.9, 0.8, 0.3, 0.3)] for _ in range(studies)]
+        return make_batch(present, [draw.randint(2, 128) for _ in range(studies)], seed=studies)
+
+    shake(tiny_model)
+    torch._dynamo.reset()
+    compile_tower_blocks(tiny_model.vision, tiny_model.text)
+    warm_up(tiny_model, batch(12))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        tiny_model.train()
+        for step in range(24):
+            tiny_model.objective(tiny_model(batch(12), mask_seed=step))["loss"].backward()
+        tiny_model.objective(tiny_model(batch(5), mask_seed=step))["loss"].backward()
+        tiny_model.eval()
+        with torch.inference_mode():
+            for studies in (12, 12, 12, 2):
+                tiny_model(batch(studies))
