@@ -9,13 +9,10 @@ A part's metadata hold, as JSON, the ids of its rows, the files set aside betwee
 a part is there whole or not at all, and the last one is all that is needed to go on. An absent side is a zero row.
 """
 
-import base64
 import csv
-import ctypes
 import hashlib
 import json
 import os
-import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -35,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from .data.loader import StudyLoader
 from .data.radiographs import UnreadableImage, read_radiograph
 from .data.shards import empty_or_absent, read_manifest, shard_paths
+from .data.workers import obey_parent
 from .errors import DataError
 from .modeling.model import ClinVLA
 from .run import replacing, write_json
@@ -43,7 +41,6 @@ from .study import StudyBatch
 _FORMAT = 1
 _PART = 1024  # studies; what is lost when a run is killed
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
-_PR_SET_PDEATHSIG = 1  # of Linux
 _READERS = min(os.cpu_count() or 1, 16)
 
 
@@ -242,7 +239,7 @@ def _finish(out: Path, settings: dict, parts: int) -> dict:
 
 
 class _Shards:
-    """The studies of a folder written by training.prepare. A position is the state of DALI's pipeline."""
+    """The studies of a folder written by training.prepare. A position is a loader's checkpoint."""
 
     def __init__(self, root: Path, split: str | None):
         sizes = read_manifest(root)["counts"]["splits"]
@@ -266,11 +263,11 @@ class _Shards:
                 max_tokens=model.max_tokens,
                 batch_size=batch_size,
                 device="gpu" if model.device.type == "cuda" else "cpu",
-                checkpoint=base64.b64decode(position) if done else None,
+                checkpoint=position if done else None,
             )
             done = 0
             for batch in loader:
-                yield _embed_batch(model, batch), lambda at=loader: base64.b64encode(at.checkpoint()).decode()
+                yield _embed_batch(model, batch), loader.checkpoint
 
 
 @torch.inference_mode()
@@ -309,14 +306,15 @@ class _Files:
         self._names.seek(0)
         names = (json.loads(line) for line in islice(self._names, done, None))
         # Processes, as many warnings of pydicom must be silenced and that is not safe between threads; forked, as in
-        # tables.py. Pixels return through pipes: /dev/shm may be small. A generator of its own leaves the caller's.
+        # shards.py. Pixels return through pipes: /dev/shm may be small. A generator of its own leaves the caller's.
+        parent = os.getpid()
         loader = DataLoader(
             _Radiographs(self._root, model.vision.image_size),
             batch_sampler=iter(lambda: list(islice(names, batch_size)), []),
             num_workers=_READERS,
             multiprocessing_context="fork",
             collate_fn=list,
-            worker_init_fn=_obey_parent,
+            worker_init_fn=lambda _: obey_parent(parent),
             generator=torch.Generator(),
         )
         batches = iter(loader)
@@ -333,12 +331,6 @@ class _Files:
                 yield _Rows(ids, image, torch.zeros_like(image), there, ~there, dropped), lambda: ""
         finally:
             del batches  # its processes end now; ten seconds later where the garbage collector has to find it
-
-
-def _obey_parent(_: int) -> None:
-    """A reader leaves Ctrl-C to its parent, and dies with it: one that waits to hand over its pixels would stay."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _next(batches: Iterator[list]) -> list | None:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from clinvla_fast.cost import forward_flops, parameters, step_flops
+from clinvla_fast.data.cache import CacheName
 from clinvla_fast.data.loader import StudyLoader
 from clinvla_fast.data.phantom.dataset import write_phantoms
 from clinvla_fast.data.shards import read_manifest, read_studies
@@ -80,6 +81,10 @@ class Pretrain:
     """Frozen linear layers in FP8, where a GPU has it: as many as leave a tower's features close to bfloat16's."""
     attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
     """Which library attends. auto: xformers on a GPU, sdpa on a CPU."""
+    cache: CacheName = "auto"
+    """Where decoded training images are kept after the first pass: gpu memory, ram, or disk (a file in the run's folder
+    that goes with the process). auto: the first of them of whose free space they take at most half. Results are the
+    same with any."""
     compile: bool = False
     """Compile the towers' blocks: slower to start, faster to run."""
     resume: bool = False
@@ -125,7 +130,8 @@ def open_run(settings: Pretrain) -> tuple[Path, Pretrain]:
         raise DataError(f"{out} holds no run to resume (no run.json): start one without --resume.")
     saved = json.loads((out / "run.json").read_text())["settings"]
     paths = {name: saved[name] and Path(saved[name]) for name in ("data", "out")}
-    return out, replace(Pretrain(**{**saved, **paths}), resume=True, compile=settings.compile, device=settings.device)
+    again = {name: getattr(settings, name) for name in ("compile", "device", "cache")}
+    return out, replace(Pretrain(**{**saved, **paths}), resume=True, **again)
 
 
 class Job:
@@ -291,6 +297,8 @@ class Job:
             device="gpu" if self.device.type == "cuda" else "cpu",
             seed=self.settings.seed,
             checkpoint=checkpoint,
+            cache=self.settings.cache,
+            cache_folder=self.out,
             **sizes,
         )
 
