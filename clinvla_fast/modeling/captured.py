@@ -5,6 +5,7 @@ is computed, present or not, and reports lie in a grid. Batches are padded up to
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -66,7 +67,7 @@ class Captured:
 
     A graph is captured when a shape first comes: for each batch size, number of view slots, and 32 words. On other
     devices the same operations run one by one. The model's weights may change in place (training, load_state_dict), but
-    neither move nor change their dtype.
+    neither move nor change their dtype. One thread at a time.
 
     Args:
         model: a ClinVLA, on its device; put in evaluation mode.
@@ -82,7 +83,10 @@ class Captured:
         self.model = model.eval()
         self.batch_sizes = sorted(set(batch_sizes))
         self._graphs: dict[tuple[int, int, int], _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._on_gpu = model.device.type == "cuda"
+        if self._on_gpu:  # one pool and one pair of streams: a graph's memory is free for the next one's
+            self._pool = torch.cuda.graph_pool_handle()
+            self._main, self._beside = (torch.cuda.Stream(model.device) for _ in range(2))
 
     @torch.inference_mode()
     def __call__(self, batch: StudyBatch) -> Embeddings:
@@ -101,10 +105,12 @@ class Captured:
         words = min(max(-(-longest // _WORDS), 1) * _WORDS, self.model.text.max_tokens)
         tokens = Packing.of(lengths, batch.tokens.device).pad(batch.tokens)
         tokens = pad(tokens, (0, words - tokens.shape[1]))
-        parts = [
-            self._part(*(x[start : start + largest] for x in (batch.images, batch.present, tokens, lengths)))
-            for start in range(0, max(len(batch), 1), largest)
-        ]
+        on_its_device = torch.cuda.device(self.model.device) if self._on_gpu else nullcontext()
+        with on_its_device:
+            parts = [
+                self._part(*(x[start : start + largest] for x in (batch.images, batch.present, tokens, lengths)))
+                for start in range(0, max(len(batch), 1), largest)
+            ]
         return Embeddings(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Embeddings)})
 
     def _part(self, images: Tensor, present: Tensor, tokens: Tensor, lengths: Tensor) -> Embeddings:
@@ -150,15 +156,16 @@ class Captured:
             out=None,
             graph=None,
         )
-        if self._pool is None:
+        if not self._on_gpu:
             return held
-        main, beside = torch.cuda.Stream(), torch.cuda.Stream()
+        main, beside = self._main, self._beside
         main.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(main):
             for _ in range(_WARM_UPS):
                 self._run(held, beside)
         torch.cuda.current_stream().wait_stream(main)
         held.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(held.graph, pool=self._pool, stream=main):
+        # thread_local: a loader that allocates in another thread does not end the capture
+        with torch.cuda.graph(held.graph, self._pool, main, capture_error_mode="thread_local"):
             held.out = self._run(held, beside)
         return held

@@ -119,9 +119,9 @@ def quantise(tower: nn.Module, features: Callable[[], Tensor], least: float = 0.
         return found
 
     enough = len(layers)
-    if closeness(layers) < least:
+    if not closeness(layers) >= least:  # NaN is far from everything
         layers.sort(key=lambda layer: closeness([layer]), reverse=True)
-        enough = bisect(range(1, len(layers)), -least, key=lambda n: -closeness(layers[:n]))
+        enough = bisect(range(1, len(layers)), False, key=lambda n: not closeness(layers[:n]) >= least)
     for layer in layers[:enough]:
         layer.on()
     return enough, len(layers)
@@ -130,7 +130,8 @@ def quantise(tower: nn.Module, features: Callable[[], Tensor], least: float = 0.
 def _centred(features: Tensor) -> Tensor:
     if len(features) < 2:
         raise ValueError(f"{len(features)} studies: expected at least 2, to see what tells them apart.")
-    return (features - features.mean(0)).float()
+    features = features.float()  # before the mean: what is left of it is small
+    return features - features.mean(0)
 
 
 def float8_refusal(device: torch.device) -> str:
