@@ -145,7 +145,7 @@ def test_a_study_without_a_view_or_a_report(model, tmp_path):
         Study("mute", "p", "test", "", {"lateral": film}),
         Study("blind", "p", "test", "The heart is enlarged.", {}),
     ]
-    write_shards(studies, tmp_path / "data", source="test", settings={})
+    write_shards({"test": studies}, lambda study: [study], tmp_path / "data", source="test", settings={})
     known = embed(model, tmp_path / "data", tmp_path / "out")
     assert known["counts"]["kept"] == {"studies": 3, "image": 2, "text": 2}
     assert rows(tmp_path / "out")[0] == ["both", "mute"] and rows(tmp_path / "out", "text")[0] == ["both", "blind"]

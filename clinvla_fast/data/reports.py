@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 _KEPT = r"findings?|impressions?|conclusions?|diagnos[ie]s|opinion|addend(?:um|a)"
 _OTHER = (
     r"exam(?:ination)?s?(?: type)?|study|procedure|techniques?|views?|comparisons?|recommendations?|notifications?"
     r"|(?:clinical |patient |medical |relevant )?(?:history|information|indications?|data|statement|details)"
     r"|reason for (?:the )?(?:exam(?:ination)?|study|test)"
-    r"|(?:electronically )?signed(?: by)?|dictated(?: by)?|attending"
+    r"|(?:electronically )?signed(?: by)?|dictated(?: by)?|attending|end of impression|summary|accession(?: number)?"
 )
-_TITLE = r"(?:final|preliminary|radiology|provisional) (?:report|read)|wet read|report"
+_TITLE = r"(?:final|preliminary|radiology|provisional) (?:report|read)|wet read|report|narrative"
 _PREFIX = r"(?:final |radiographic |radiological |chest |x-?ray |overall )?"
 _SUFFIX = r"(?:\s*(?:and|&|/)\s*(?:findings?|impressions?|conclusions?|recommendations?)| ?#?\d+)?"
 _NAME = rf"(?:(?P<kept>{_PREFIX}(?:{_KEPT}){_SUFFIX})|(?P<other>{_OTHER})|(?P<title>{_TITLE}))"
@@ -130,28 +131,51 @@ _MODAL = re.compile(
 )
 
 
-def clean_report(text: str, *, normalise_measurements: bool = False) -> str:
+@dataclass(frozen=True)
+class Steps:
+    """Which steps `clean_report` takes, in this order; each is a function of this module."""
+
+    sections: bool = True
+    """Only findings, impression, conclusion, diagnosis and addenda; without such headings, the last paragraph."""
+    marks: bool = True
+    """No de-identification marks."""
+    formatting: bool = True
+    """No list numbers, bullets and emphasis."""
+    hedges: bool = True
+    """No "possibly", no "cannot be excluded"."""
+    abbreviations: bool = True
+    """Standard terms for abbreviations."""
+    measurements: bool = False
+    """"2cm x 3cm" becomes "6 cm²"."""
+
+
+def clean_report(text: str, steps: Steps = Steps()) -> str:
     """The findings and impression of a report in one line of plain sentences; "" if there is nothing to learn from.
 
-    De-identification marks, list numbers, formatting and hedges go; abbreviations become their standard terms. Without
-    a Findings, Impression, Conclusion or Diagnosis heading, the last paragraph is taken, or the whole text where it has
-    no headings at all. Cleaning twice changes nothing.
-
-    Args:
-        normalise_measurements: "2cm x 3cm" becomes "6 cm²".
+    Without a Findings, Impression, Conclusion or Diagnosis heading, the last paragraph is taken, or the whole text
+    where it has no headings at all. Cleaning twice changes nothing.
     """
     while True:
-        cleaned = _clean_once(text, normalise_measurements)
+        cleaned = _clean_once(text, steps)
         if cleaned == text:
             return cleaned
         text = cleaned
 
 
-def _clean_once(text: str, normalise_measurements: bool) -> str:
-    text = drop_marks(keep_sections(text.replace("\r\n", "\n").replace("\r", "\n")))
-    text = tidy(drop_formatting(text))
-    text = expand_abbreviations(drop_hedges(text))
-    if normalise_measurements:
+def _clean_once(text: str, steps: Steps) -> str:
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if steps.sections:
+        text = keep_sections(text)
+    if steps.marks:
+        text = drop_marks(text)
+    if steps.formatting:
+        text = drop_formatting(text)
+    text = tidy(text)
+    if steps.hedges:
+        text = drop_hedges(text)
+    if steps.abbreviations:
+        text = expand_abbreviations(text)
+    if steps.measurements:
         text = multiply_measurements(text)
     text = " ".join(s[0].upper() + s[1:] for s in split_sentences(tidy(text)))
     return "" if _NOTHING.fullmatch(text) else text

@@ -1,23 +1,34 @@
 """Studies on disk: webdataset tar shards, one folder a data set, with DALI indexes and a manifest.
 
     DIR/manifest.json              counts, settings, versions, a SHA-256 per shard
-    DIR/{split}-000000.tar         one sample a study: KEY.json and KEY.{view}.jpg for each present view
+    DIR/dropped.csv                what was set aside, with the reason
+    DIR/{split}-000000.tar         one sample a study: KEY.json and KEY.{view}.jpg (or .png) for each present view
     DIR/{split}-000000.idx         byte offsets of the samples, for DALI's webdataset reader
 
-The JSON holds study_id, patient_id, report and labels. A view that a study lacks has no file.
+The JSON holds study_id, patient_id, report, labels and boxes. A view that a study lacks has no file.
 """
 
+import csv
+import fcntl
 import hashlib
 import io
 import json
+import multiprocessing
+import os
 import shutil
 import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.context import ForkContext
+from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import webdataset
@@ -26,14 +37,28 @@ from wds2idx import IndexCreator
 
 from ..errors import DataError
 from ..study import VIEWS
+from .workers import obey_parent
 
 SPLITS = ("train", "validate", "test")
 _FORMAT = 1
+_FEW, _MANY = (
+    64,
+    1024,
+)  # items of a source that make a shard: enough shards for every core, large ones for object stores
+_SUFFIXES = (".jpg", ".png")
+# Packages that decide the bytes of a shard; some may be missing.
+_MAKERS = (
+    *("clinvla-fast", "numpy", "pillow", "webdataset", "pydicom", "imagecodecs", "pylibjpeg"),
+    *("pylibjpeg-openjpeg", "pylibjpeg-rle", "rapidocr-onnxruntime", "onnxruntime", "opencv-python"),
+)
 
 
 @dataclass(frozen=True)
 class Study:
-    """One study: up to four radiographs (uint8 [H, W], keyed by a name of VIEWS) with its report."""
+    """One study: up to four radiographs (uint8 [H, W], keyed by a name of VIEWS) with its report, which may be "".
+
+    boxes: of what a label points at in the frontal view: left, top, width and height as shares of the image's sides.
+    """
 
     study_id: str
     patient_id: str
@@ -41,23 +66,20 @@ class Study:
     report: str
     images: dict[str, np.ndarray]
     labels: tuple[str, ...] = field(default=())
+    boxes: tuple[tuple[float, float, float, float], ...] = field(default=())
 
 
-def _jpeg(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="JPEG", quality=95)
-    return buffer.getvalue()
+class LeftOut(NamedTuple):
+    """Something of a source that was set aside. Row 1 is the first of its table."""
+
+    row: int
+    what: str  # "study", or the view that its study goes without
+    reason: str
 
 
-def _sample(index: int, study: Study) -> dict:
-    meta = {
-        "study_id": study.study_id,
-        "patient_id": study.patient_id,
-        "report": study.report,
-        "labels": list(study.labels),
-    }
-    images = {f"{view}.jpg": _jpeg(study.images[view]) for view in VIEWS if view in study.images}
-    return {"__key__": f"{index:08d}", "json": json.dumps(meta, ensure_ascii=False).encode(), **images}
+Item = TypeVar("Item")
+Make = Callable[[Item], Iterable[Study | LeftOut]]
+Format = Literal["jpg", "png"]
 
 
 def empty_or_absent(out: Path) -> Path:
@@ -66,102 +88,356 @@ def empty_or_absent(out: Path) -> Path:
     Raises:
         DataError: if `out` exists and is anything but an empty folder.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != ".partial" for path in out.iterdir())):
         raise DataError(f"{out} already exists and is not an empty folder: pass another --out, or remove it first.")
     return out
 
 
 def write_shards(
-    studies: Iterable[Study],
+    items: Mapping[str, Sequence[Item]],
+    make: Make,
     out: Path,
     *,
     source: str,
     settings: dict,
-    dropped: Counter[str] | None = None,
-    extra_files: Callable[[], dict[str, str]] | None = None,
-    studies_per_shard: int = 512,
+    left_out: Sequence[LeftOut] = (),
+    image_format: Format = "jpg",
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, items: None,
+    items_per_shard: int | None = None,
 ) -> dict:
-    """Write `studies` under `out` and return the manifest. The same studies give the same bytes.
+    """Write the studies that `make` makes of `items` under `out` and return the manifest.
 
-    The folder appears whole or not at all: everything is written beside it and renamed at the end.
+    The same items give the same bytes, however many workers there are. The folder appears whole or not at all:
+    everything is written beside it, in .NAME.partial, and renamed at the end; in a folder that is there already, in
+    .partial, and moved up, the manifest last. A shard is there whole or not at all too: killed at any time and called
+    again with the same arguments, it goes on after the last whole shards; finished, it does nothing.
 
     Args:
-        studies: consumed once; memory stays flat.
+        items: of each split, in the order in which their studies are stored. A shard is made of some that follow each
+            other, by one process; memory stays flat. An item's `row` names it where it has to be set aside.
+        make: an item's studies, and what of it is set aside. Runs in forked processes.
         source: where the studies come from ("phantom", "csv").
         settings: what a reader needs to make the same shards again; JSON values.
-        dropped: studies set aside by reason. It may fill while `studies` is consumed.
-        extra_files: called once `studies` is consumed; the text of further files by name.
+        left_out: what was set aside before.
+        workers: processes; all cores by default.
+        progress: called with (items done, items).
+        items_per_shard: by default what makes about 64 shards, from 64 to 1,024.
 
     Raises:
-        DataError: if `out` is taken, a study's split is unknown, or no study is left.
-        OSError: if the disk is full or `out` cannot be written; its filename is `out`, and nothing is left behind.
+        DataError: if `out` is taken, or being written by another process, or was started with other items or settings;
+            a study's split is not its item's; no study is left; a worker dies.
+        OSError: if the disk is full or `out` cannot be written; its filename is `out`.
     """
-    named = Path(out)
-    out = empty_or_absent(named).resolve()  # "." has no name to write beside, and a link cannot be replaced by a folder
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    named, out = Path(out), Path(out).resolve()
+    inside = out.is_dir()  # perhaps a volume of its own, or all that may be written to
+    partial = out / ".partial" if inside else out.with_name(f".{out.name}.partial")
+    total = sum(map(len, items.values()))
+    size = items_per_shard or min(max(-(-total // _FEW), _FEW), _MANY)
+    jobs = [
+        _Job(f"{split}-{number:06d}", split, of[start : start + size])
+        for split, of in items.items()
+        for number, start in enumerate(range(0, len(of), size))
+    ]
+    about = {"format": _FORMAT, "source": source, "settings": settings, "versions": _versions()}
+    about["job_sha256"] = _identity(about, jobs, left_out, image_format)
+    if (out / "manifest.json").is_file() and read_manifest(out).get("job_sha256") == about["job_sha256"]:
+        shutil.rmtree(out / ".partial", ignore_errors=True)
+        return read_manifest(out)  # killed after its last step, perhaps
+    if not (partial / "manifest.json").is_file():
+        empty_or_absent(named)
     new_parents = [folder for folder in out.parents if not folder.exists()]
-    kept: Counter[str] = Counter()
-    labels: Counter[str] = Counter()
     try:
-        partial.mkdir(parents=True)
-        with ExitStack() as stack:
-            writers: dict[str, webdataset.TarWriter] = {}
-            for study in studies:
-                if study.split not in SPLITS:
-                    raise DataError(f"Study {kept.total()} has split {study.split!r}, expected one of {SPLITS}.")
-                if kept[study.split] % studies_per_shard == 0:
-                    if study.split in writers:
-                        writers[study.split].close()
-                    name = f"{study.split}-{kept[study.split] // studies_per_shard:06d}.tar"
-                    writer = webdataset.TarWriter(str(partial / name), encoder=False, mtime=0.0)
-                    writers[study.split] = stack.enter_context(writer)
-                writers[study.split].write(_sample(kept[study.split], study))
-                kept[study.split] += 1
-                labels.update(study.labels)
-        dropped = dropped or Counter()
-        if not kept:
-            raise DataError(f"No study is left to write ({dict(dropped) or 'the source is empty'}).")
-        manifest = {
-            "format": _FORMAT,
-            "source": source,
-            "settings": settings,
-            "counts": {
-                "kept": kept.total(),
-                "dropped": dict(dropped),
-                "splits": {split: kept[split] for split in SPLITS if kept[split]},
-                "labels": dict(sorted(labels.items())),
-            },
-            "shards": [_index(tar) for tar in sorted(partial.glob("*.tar"))],
-            "versions": {name: version(name) for name in ("numpy", "pillow", "webdataset")},
-        }
-        texts = extra_files() if extra_files else {}
-        texts["manifest.json"] = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8", newline="")
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):
-            for folder in new_parents:
-                folder.rmdir()
-        if isinstance(error, OSError) and (error.filename is None or str(partial) in str(error.filename)):
+        with _claimed(partial, about["job_sha256"], named):
+            try:
+                if not (partial / "manifest.json").is_file():
+                    _write_all(partial, jobs, make, image_format, workers or os.cpu_count() or 1, progress)
+                    _finish(partial, about, jobs, left_out)
+                for job in jobs:
+                    (partial / f"{job.name}.json").unlink(missing_ok=True)
+                _reveal(partial, out, inside)
+            except BaseException as error:
+                nothing_made = not any((partial / f"{job.name}.json").is_file() for job in jobs)
+                if (nothing_made and not (partial / "manifest.json").is_file()) or isinstance(error, _NothingLeft):
+                    shutil.rmtree(partial, ignore_errors=True)
+                    with suppress(OSError):
+                        for folder in new_parents:
+                            folder.rmdir()
+                raise
+    except OSError as error:
+        if error.filename is None or str(partial) in str(error.filename):
             error.filename, error.filename2 = str(named), None  # a full disk names no file by itself
         raise
-    return manifest
+    return read_manifest(out)
 
 
-def _index(tar: Path) -> dict:
-    """Write DALI's index beside `tar` and describe the shard for the manifest."""
-    with IndexCreator(str(tar), str(tar.with_suffix(".idx")), verbose=False) as creator:
-        creator.create_index()
-    with tarfile.open(tar) as members:
-        studies = sum(name.endswith(".json") for name in members.getnames())
-    with tar.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    return {"file": tar.name, "studies": studies, "sha256": digest}
+class _NothingLeft(DataError):
+    """To go on would end here again."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A shard to be made."""
+
+    name: str
+    split: str
+    items: Sequence
+
+
+_IDENTITY = "job.sha256"
+
+
+def _identity(about: dict, jobs: list[_Job], left_out: Sequence[LeftOut], image_format: Format) -> str:
+    digest = hashlib.sha256(json.dumps([about, image_format, list(left_out)], sort_keys=True).encode())
+    for job in jobs:
+        digest.update(job.name.encode())
+        for item in job.items:
+            digest.update(repr(item).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides the bytes of a shard, as far as it is installed."""
+    found = {}
+    for name in _MAKERS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+@contextmanager
+def _claimed(partial: Path, identity: str, out: Path) -> Iterator[None]:
+    """Within: `partial` is there, is this job's, and no other process writes to it.
+
+    Raises:
+        DataError: if another process does, or it was started as another job.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    path = partial / _IDENTITY
+    with path.open("a+b") as file:
+        try:
+            # A lock of the process alone: workers that outlive it for a moment do not hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"{out} is being written by another process: wait for it, or stop it.") from None
+        file.seek(0)
+        known = file.read().decode()
+        if (partial / "manifest.json").is_file():
+            known = json.loads((partial / "manifest.json").read_text())["job_sha256"]
+        if len(known) == len(identity) and known != identity:
+            raise DataError(
+                f"{partial} was started with other data or settings and cut short: go on with those, or remove it."
+            )
+        if known != identity:  # new, or killed before it could say what it is
+            file.truncate(0)
+            file.write(identity.encode())
+            file.flush()
+        for stale in partial.glob(".*"):
+            stale.unlink()
+        yield
+
+
+def _reveal(partial: Path, out: Path, inside: bool) -> None:
+    """Make `partial` to `out`, whose manifest comes last."""
+    for stale in partial.glob(".*"):
+        stale.unlink()
+    if inside:
+        last = ("manifest.json", _IDENTITY)
+        for path in sorted(partial.iterdir(), key=lambda path: path.name in last):
+            if path.name != _IDENTITY:
+                path.replace(out / path.name)
+        shutil.rmtree(partial)
+    else:
+        (partial / _IDENTITY).unlink()
+        partial.rename(out)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A whole file or none."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+class _Stopped(Exception):
+    """Another worker failed, or the user gave up."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What workers are forked with.
+
+    done: items done, shared; at: of each job the item that is being made, or -1, shared; deadly: (job, item) whose
+    reading ends the process; stop: whether to give up.
+    """
+
+    partial: Path
+    jobs: list[_Job]
+    make: Make
+    image_format: Format
+    done: Synchronized
+    at: SynchronizedArray
+    deadly: set[tuple[int, int]]
+    stop: Event
+
+
+_work: _Work  # in a worker
+
+
+def _start(parent: int, work: _Work) -> None:
+    global _work
+    _work = work
+    obey_parent(parent)
+
+
+def _write_all(
+    partial: Path, jobs: list[_Job], make: Make, image_format: Format, workers: int, progress: Callable
+) -> None:
+    """Every shard that is not there yet. What crashes a decoder, and with it a worker, is found and set aside."""
+    context = multiprocessing.get_context("fork")  # workers start at once, and find items and `make` in their memory
+    at = context.Array("q", len(jobs), lock=False)
+    work = _Work(partial, jobs, make, image_format, context.Value("q", 0), at, set(), context.Event())
+    total = sum(len(job.items) for job in jobs)
+    while missing := [n for n, job in enumerate(jobs) if not (partial / f"{job.name}.json").is_file()]:
+        work.done.value = total - sum(len(jobs[n].items) for n in missing)
+        at[:] = [-1] * len(jobs)
+        work.stop.clear()
+        try:
+            _run(context, work, missing, min(workers, len(missing)), lambda: progress(work.done.value, total))
+        except BrokenProcessPool:
+            suspects = [(job, item) for job, item in enumerate(at) if item >= 0]
+            found = {(job, item) for job, item in suspects if _is_deadly(context, make, jobs[job].items[item])}
+            if not found:
+                raise DataError(
+                    "a process that makes shards died, perhaps for lack of memory: run the same command again, with "
+                    "fewer --workers."
+                ) from None
+            work.deadly.update(found)
+    progress(total, total)
+
+
+def _run(context: ForkContext, work: _Work, missing: list[int], workers: int, show: Callable[[], None]) -> None:
+    show()
+    pool = ProcessPoolExecutor(workers, context, _start, (os.getpid(), work))
+    try:
+        pending = {pool.submit(_write_shard, n) for n in missing}
+        while pending:
+            finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            show()
+            for future in finished:
+                future.result()
+    except BaseException:
+        work.stop.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _is_deadly(context: ForkContext, make: Make, item: object) -> bool:
+    """Whether making an item's studies ends a process."""
+    parent = os.getpid()
+    process = context.Process(target=lambda: (obey_parent(parent), deque(make(item), maxlen=0)))
+    process.start()
+    process.join()
+    return process.exitcode < 0
+
+
+def _write_shard(number: int) -> None:
+    partial, job = _work.partial, _work.jobs[number]
+    tar = partial / f".{job.name}.{os.getpid()}.tar"
+    left_out: list[LeftOut] = []
+    labels: Counter[str] = Counter()
+    kept = 0
+    try:
+        with webdataset.TarWriter(str(tar), encoder=False, mtime=0.0) as writer:
+            for index, item in enumerate(job.items):
+                if _work.stop.is_set():
+                    raise _Stopped
+                _work.at[number] = index
+                deadly = (number, index) in _work.deadly
+                for found in [LeftOut(item.row, "study", "crashes its decoder")] if deadly else _work.make(item):
+                    if isinstance(found, LeftOut):
+                        left_out.append(found)
+                        continue
+                    if found.split != job.split or found.split not in SPLITS:
+                        raise DataError(f"a study's split is {found.split!r}: expected {job.split!r}, of {SPLITS}.")
+                    writer.write(_sample(kept, found, _work.image_format))
+                    kept += 1
+                    labels.update(found.labels)
+                with _work.done.get_lock():
+                    _work.done.value += 1
+        _work.at[number] = -1
+        shard = None
+        if kept:
+            index = tar.with_suffix(".idx")
+            with IndexCreator(str(tar), str(index), verbose=False) as creator:
+                creator.create_index()
+            with tar.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            shard = {"file": f"{job.name}.tar", "studies": kept, "sha256": digest}
+            index.replace(partial / f"{job.name}.idx")
+            with tar.open("rb") as file:
+                os.fsync(file)
+            tar.replace(partial / f"{job.name}.tar")
+        # Last: with it the shard counts as made.
+        record = {"shard": shard, "labels": labels, "left_out": left_out}
+        _write(partial / f"{job.name}.json", json.dumps(record).encode())
+    finally:
+        for path in (tar, tar.with_suffix(".idx")):
+            path.unlink(missing_ok=True)
+
+
+def _finish(partial: Path, about: dict, jobs: list[_Job], left_out: Sequence[LeftOut]) -> None:
+    """Write dropped.csv and, last, manifest.json."""
+    records = [json.loads((partial / f"{job.name}.json").read_text()) for job in jobs]
+    aside = sorted([*left_out, *(LeftOut(*one) for record in records for one in record["left_out"])])
+    dropped = Counter(one.reason for one in aside if one.what == "study")
+    without = Counter(one.reason for one in aside if one.what != "study")
+    splits: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    for job, record in zip(jobs, records, strict=True):
+        splits[job.split] += record["shard"]["studies"] if record["shard"] else 0
+        labels.update(record["labels"])
+    if not splits.total():
+        raise _NothingLeft(f"No study is left to write ({dict(dropped) or 'the source is empty'}).")
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(LeftOut._fields)  # row numbers, not identifiers: it may be shared where the source may not
+    writer.writerows(aside)
+    _write(partial / "dropped.csv", table.getvalue().encode())
+    manifest = about | {
+        "counts": {
+            "kept": splits.total(),
+            "dropped": dict(sorted(dropped.items())),
+            "views_left_out": dict(sorted(without.items())),
+            "splits": {split: splits[split] for split in SPLITS if splits[split]},
+            "labels": dict(sorted(labels.items())),
+        },
+        "shards": sorted((record["shard"] for record in records if record["shard"]), key=lambda shard: shard["file"]),
+    }
+    _write(partial / "manifest.json", (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _encoded(image: np.ndarray, image_format: Format) -> bytes:
+    buffer = io.BytesIO()
+    options = {"format": "JPEG", "quality": 95} if image_format == "jpg" else {"format": "PNG"}
+    Image.fromarray(image).save(buffer, **options)
+    return buffer.getvalue()
+
+
+def _sample(index: int, study: Study, image_format: Format) -> dict:
+    meta = {
+        "study_id": study.study_id,
+        "patient_id": study.patient_id,
+        "report": study.report,
+        "labels": list(study.labels),
+    }
+    if study.boxes:
+        meta["boxes"] = study.boxes
+    images = {
+        f"{view}.{image_format}": _encoded(study.images[view], image_format) for view in VIEWS if view in study.images
+    }
+    return {"__key__": f"{index:08d}", "json": json.dumps(meta, ensure_ascii=False).encode(), **images}
 
 
 def read_manifest(root: Path) -> dict:
@@ -228,12 +504,13 @@ def read_studies(root: Path, split: str, *, images: bool = True) -> Iterator[Stu
 
 def _study(sample: dict, split: str, images: bool) -> Study:
     meta = json.loads(sample["json"])
-    views = [view for view in VIEWS if images and f"{view}.jpg" in sample]
+    files = {view: f"{view}{suffix}" for view in VIEWS for suffix in _SUFFIXES if f"{view}{suffix}" in sample}
     return Study(
         study_id=meta["study_id"],
         patient_id=meta["patient_id"],
         split=split,
         report=meta["report"],
         labels=tuple(meta["labels"]),
-        images={view: np.asarray(Image.open(io.BytesIO(sample[f"{view}.jpg"]))) for view in views},
+        boxes=tuple(map(tuple, meta.get("boxes", ()))),
+        images={view: np.asarray(Image.open(io.BytesIO(sample[name]))) for view, name in files.items() if images},
     )

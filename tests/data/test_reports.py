@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clinvla_fast.data.reports import clean_report, split_sentences, truncate_sentences
+from clinvla_fast.data.reports import Steps, clean_report, split_sentences, truncate_sentences
 
 MIMIC_LIKE = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PA AND LAT)
@@ -144,7 +144,7 @@ def test_abbreviations(text, expected):
     ],
 )
 def test_measurements_are_an_option(text, expected):
-    assert clean_report(text, normalise_measurements=True) == expected
+    assert clean_report(text, Steps(measurements=True)) == expected
     assert clean_report(text) == text
 
 

@@ -1,14 +1,19 @@
 import errno
 import hashlib
 import json
-from collections import Counter
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from clinvla_fast.data import shards
-from clinvla_fast.data.contact_sheet import contact_sheet
-from clinvla_fast.data.shards import Study, read_manifest, read_studies, write_shards
+from clinvla_fast.data.shards import SPLITS, LeftOut, Study, read_manifest, read_studies, write_shards
 from clinvla_fast.errors import DataError
 
 
@@ -22,20 +27,30 @@ def some_studies(count=25):
         yield Study(f"s{i}", f"p{i}", split, f"Größe {i}. No edema.", images, ("edema",) if i % 3 else ())
 
 
-def write(out, studies=None, **options):
-    studies = some_studies() if studies is None else studies
-    return write_shards(studies, out, source="test", settings={"a": 1}, studies_per_shard=4, **options)
+def as_they_are(study):
+    yield study
+
+
+def write(out, studies=None, make=as_they_are, **options):
+    of_split = {split: [] for split in SPLITS}
+    for study in some_studies() if studies is None else studies:
+        of_split.setdefault(study.split, []).append(study)
+    return write_shards(of_split, make, Path(out), source="test", settings={"a": 1}, items_per_shard=4, **options)
 
 
 def test_round_trip(tmp_path):
-    manifest = write(tmp_path / "data", dropped=Counter(blank=2))
+    left_out = [LeftOut(3, "study", "blank"), LeftOut(1, "study", "blank"), LeftOut(2, "lateral", "torn")]
+    manifest = write(tmp_path / "data", left_out=left_out)
     assert manifest == read_manifest(tmp_path / "data")
     assert manifest["counts"] == {
         "kept": 25,
         "dropped": {"blank": 2},
+        "views_left_out": {"torn": 1},
         "splits": {"train": 15, "validate": 5, "test": 5},
         "labels": {"edema": 16},
     }
+    rows = (tmp_path / "data" / "dropped.csv").read_text().splitlines()
+    assert rows == ["row,what,reason", "1,study,blank", "2,lateral,torn", "3,study,blank"]
     assert sum(shard["studies"] for shard in manifest["shards"]) == 25
     assert [shard["studies"] for shard in manifest["shards"] if shard["file"].startswith("train")] == [4, 4, 4, 3]
     for shard in manifest["shards"]:
@@ -58,12 +73,27 @@ def test_round_trip(tmp_path):
     assert all(not study.images for study in read_studies(tmp_path / "data", "test", images=False))
 
 
-def test_same_studies_same_bytes(tmp_path):
-    write(tmp_path / "a")
-    write(tmp_path / "b")
-    files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_same_studies_same_bytes_whatever_the_workers(tmp_path):
+    write(tmp_path / "a", workers=1)
+    write(tmp_path / "b", workers=5)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_png_keeps_every_pixel(tmp_path):
+    write(tmp_path / "data", image_format="png")
+    wanted = [study for study in some_studies() if study.split == "train"]
+    for got, study in zip(read_studies(tmp_path / "data", "train"), wanted, strict=True):
+        assert all(np.array_equal(got.images[view], image) for view, image in study.images.items())
+
+
+def test_boxes_and_studies_without_a_view(tmp_path):
+    studies = [Study("a", "p", "test", "", {}, ("x",)), Study("b", "q", "test", "", {}, (), ((0.1, 0.25, 0.5, 1.0),))]
+    write(tmp_path / "data", studies)
+    assert list(read_studies(tmp_path / "data", "test")) == studies
 
 
 def test_every_process_reads_every_study(tmp_path, monkeypatch):
@@ -73,28 +103,161 @@ def test_every_process_reads_every_study(tmp_path, monkeypatch):
     assert len(list(read_studies(tmp_path / "data", "train"))) == 15
 
 
-def broken_after(count, error):
-    yield from some_studies(count)
-    raise error
+def broken_at(number, error):
+    def make(study):
+        if number is None or study.study_id == f"s{number}":
+            raise error
+        yield study
+
+    return make
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), DataError("bad"), KeyboardInterrupt()])
-def test_a_failure_leaves_nothing(tmp_path, error):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), DataError("bad")])
+def test_after_a_failure_it_goes_on(tmp_path, error):
+    """Nothing is left where no shard was made; else what was made is kept, and the end is as if nothing happened."""
+    write(tmp_path / "whole")
     with pytest.raises(type(error)) as caught:
-        write(tmp_path / "new" / "data", broken_after(7, error))
-    assert list(tmp_path.iterdir()) == []
+        write(tmp_path / "new" / "data", make=broken_at(None, error), workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    with pytest.raises(type(error)):
+        write(tmp_path / "new" / "data", make=broken_at(23, error), workers=1)
     if isinstance(error, OSError):
         assert caught.value.filename == str(tmp_path / "new" / "data")
+    (partial,) = (tmp_path / "new").iterdir()
+    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.tar")}
+    assert partial.name == ".data.partial" and {"train-000000.tar", "train-000002.tar"} <= set(kept)
+    assert "train-000003.tar" not in kept  # which holds what failed
+    with pytest.raises(DataError, match=r"\.data\.partial was started with other data or settings"):
+        write(tmp_path / "new" / "data", list(some_studies(20)))
+    seen = []
+    write(tmp_path / "new" / "data", progress=lambda done, total: seen.append((done, total)))
+    assert contents(tmp_path / "new" / "data") == contents(tmp_path / "whole")
+    assert 12 <= seen[0][0] < 25 and seen[-1] == (25, 25)
+    now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "new" / "data").glob("*.tar")}
+    assert kept.items() <= now.items() and not list((tmp_path / "new").glob(".*"))
 
 
-def test_a_full_disk_while_indexing_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@dataclass(frozen=True)
+class Row:
+    """An item as sources have them."""
 
-    monkeypatch.setattr(shards, "IndexCreator", full)
-    with pytest.raises(OSError, match="No space left"):
-        write(tmp_path / "data")
-    assert list(tmp_path.iterdir()) == []
+    row: int
+    study: Study
+
+
+def rows():
+    return [Row(i, study) for i, study in enumerate(some_studies(40), start=1) if study.split == "train"]
+
+
+def test_what_kills_a_worker_is_set_aside(tmp_path):
+    """As a decoder that crashes does: nothing else is lost, and the end is the same however often."""
+
+    def make(item):
+        if item.row in (4, 7, 22):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        yield item.study
+
+    for out in ("a", "b"):
+        settings = {"source": "test", "settings": {}, "items_per_shard": 5, "workers": 3}
+        counts = write_shards({"train": rows()}, make, tmp_path / out, **settings)["counts"]
+        assert counts["kept"] == len(rows()) - 3 and counts["dropped"] == {"crashes its decoder": 3}
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert "22,study,crashes its decoder" in (tmp_path / "a" / "dropped.csv").read_text()
+
+
+def test_a_worker_that_dies_of_nothing_in_the_data_is_an_error_not_a_hang(tmp_path):
+    parent = os.getpid()
+
+    def make(item):
+        if os.getppid() == parent and multiprocessing.current_process().name.startswith("ForkProcess"):
+            os._exit(1)
+        yield item.study
+
+    with pytest.raises(DataError, match="died, perhaps for lack of memory: run the same command again"):
+        write_shards({"train": rows()}, make, tmp_path / "data", source="test", settings={}, workers=2)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("last", ["rename", "unlink", "replace"])
+def test_stopped_in_its_last_steps(tmp_path, monkeypatch, inside, last):
+    """Whichever it was: the same job ends well, another one is refused."""
+    write(tmp_path / "whole")
+    out = tmp_path / "data"
+    if inside:
+        out.mkdir()
+    real, draw, parent, stops = getattr(Path, last), random.Random(1), os.getpid(), 0
+
+    def stopping(path, *arguments, **options):
+        if os.getpid() != parent:
+            return real(path, *arguments, **options)
+        if {".partial", ".data.partial"} & set(path.parts) and draw.random() < 0.2:
+            raise KeyboardInterrupt
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, last, stopping)
+    for _ in range(60):
+        try:
+            write(out)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+            if not (out / "manifest.json").exists():
+                with pytest.raises((DataError, KeyboardInterrupt), match=r"other data or settings|^$"):
+                    write(out, list(some_studies(20)))
+    assert contents(out) == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "whole"]
+    assert stops or (last, inside) == ("rename", True)  # there nothing is renamed
+
+
+def test_another_job_leaves_the_first_alone(tmp_path):
+    """Before its first shard, too; and two at once do not mix."""
+    fork = multiprocessing.get_context("fork")
+    began, go_on = fork.Event(), fork.Event()
+
+    def make(study):
+        began.set()
+        go_on.wait(30)
+        yield study
+
+    first = fork.Process(target=write, args=(tmp_path / "data", None, make))
+    first.start()
+    assert began.wait(30)
+    for other in (None, list(some_studies(20))):
+        with pytest.raises(DataError, match="is being written by another process"):
+            write(tmp_path / "data", other)
+    go_on.set()
+    first.join()
+    assert first.exitcode == 0 and read_manifest(tmp_path / "data")["counts"]["kept"] == 25
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+import test_shards
+def make(study):
+    time.sleep(0.01)
+    yield study
+test_shards.write(Path({out!r}), list(test_shards.some_studies(60)), make, workers=2)
+"""
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, seed):
+    write(tmp_path / "whole", list(some_studies(60)))
+    script = SLOW.format(folder=str(Path(__file__).parent), out=str(tmp_path / "data"))
+    draw = random.Random(seed)
+    for _ in range(50):
+        run = subprocess.Popen([sys.executable, "-c", script])
+        try:
+            # Python and its imports take most of a second before the first shard.
+            assert run.wait(timeout=draw.uniform(0.4, 2.5)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGKILL)
+            run.wait()
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "whole"]
 
 
 def test_out_must_be_empty_or_absent(tmp_path, monkeypatch):
@@ -120,7 +283,7 @@ def test_out_may_be_the_current_folder(tmp_path, monkeypatch):
 def test_refused_studies(tmp_path):
     with pytest.raises(DataError, match="No study is left"):
         write(tmp_path / "data", [])
-    with pytest.raises(DataError, match="split 'valid'"):
+    with pytest.raises(DataError, match="split is 'valid'"):
         write(tmp_path / "data", [Study("s", "p", "valid", "Normal.", {})])
     assert list(tmp_path.iterdir()) == []
 
@@ -140,10 +303,3 @@ def test_refused_folders(tmp_path):
         (tmp_path / "data" / "manifest.json").write_text(text)
         with pytest.raises(DataError, match=reason):
             read_manifest(tmp_path / "data")
-
-
-def test_contact_sheet(tmp_path):
-    write(tmp_path / "data")
-    contact_sheet(tmp_path / "data", tmp_path / "sheet.png", studies=5)
-    content = (tmp_path / "sheet.png").read_bytes()
-    assert content.startswith(b"\x89PNG") and 10_000 < len(content) < 900_000

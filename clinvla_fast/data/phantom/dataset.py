@@ -1,19 +1,22 @@
 """Phantoms as a prepared data set, the same shards as real studies."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..reports import clean_report
-from ..shards import Study, empty_or_absent, write_shards
-from . import phantom_studies
-
-Progress = Callable[[int, int], None]
+from ..shards import SPLITS, Study, write_shards
+from . import check, patient_split, patient_studies
 
 
 def write_phantoms(
-    out: Path, *, patients: int, seed: int, size: int, progress: Progress = lambda done, patients: None
+    out: Path,
+    *,
+    patients: int,
+    seed: int,
+    size: int,
+    progress: Callable[[int, int], None] = lambda done, patients: None,
 ) -> dict:
     """Write the studies of `patients` phantoms, `size` pixels a side, as shards under `out`; return the manifest.
 
@@ -21,15 +24,13 @@ def write_phantoms(
         ValueError: if there is no patient, or the pictures would be too small to show anything.
         DataError, OSError: as `write_shards`.
     """
-    empty_or_absent(Path(out))
-    studies = phantom_studies(patients, seed=seed, size=size, workers=os.cpu_count() or 1)
+    check(patients, size)
+    of_split = {split: [p for p in range(patients) if patient_split(p) == split] for split in SPLITS}
     settings = {"patients": patients, "seed": seed, "size": size}
-    return write_shards(_cleaned(studies, patients, progress), out, source="phantom", settings=settings)
+    make = partial(_studies, seed, size)
+    return write_shards(of_split, make, out, source="phantom", settings=settings, progress=progress)
 
 
-def _cleaned(studies: Iterator[Study], patients: int, progress: Progress) -> Iterator[Study]:
-    seen: set[str] = set()
-    for study in studies:
-        seen.add(study.patient_id)
-        progress(len(seen), patients)
+def _studies(seed: int, size: int, patient: int) -> Iterator[Study]:
+    for study in patient_studies(seed, patient, size):
         yield replace(study, report=clean_report(study.report))

@@ -182,6 +182,11 @@ def _follow(rng: np.random.Generator, previous: tuple[Finding, ...]) -> tuple[Fi
     return tuple(_next(rng, before[x]) if x in before else replace(draw_finding(rng, x), change="new") for x in chosen)
 
 
+def patient_split(patient: int) -> str:
+    """The split that a patient's studies are in."""
+    return _SPLITS[patient % len(_SPLITS)]
+
+
 def patient_truths(seed: int, patient: int) -> list[StudyTruth]:
     """The one to three studies of one patient, in time order; a pure function of its arguments."""
     rng = np.random.default_rng((seed, patient))
@@ -201,7 +206,7 @@ def patient_truths(seed: int, patient: int) -> list[StudyTruth]:
             StudyTruth(
                 study_id=f"phantom-{patient:06d}-{number}",
                 patient_id=f"phantom-{patient:06d}",
-                split=_SPLITS[patient % len(_SPLITS)],
+                split=patient_split(patient),
                 body=body,
                 pose=Pose.draw(rng),
                 findings=findings,
