@@ -125,10 +125,12 @@ class Preview:
     """File to write."""
     split: str | None = None
     """train, validate or test. Default: the first there is."""
+    count: int = 20
+    """Studies to show; those with different labels first."""
 
     def run(self) -> None:
         splits = read_manifest(self.data)["counts"]["splits"]
-        write_preview(self.data, self.out, split=self.split or next(iter(splits)))
+        write_preview(self.data, self.out, split=self.split or next(iter(splits)), count=self.count)
 
 
 def _reports(records: list[Record]) -> list[Record]:
