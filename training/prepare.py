@@ -16,11 +16,11 @@ from rich.table import Table
 
 from clinvla_fast.data.phantom.dataset import write_phantoms
 from clinvla_fast.data.preparation import CURRENT, Preparation, find, prepare, read_report
-from clinvla_fast.data.preview import write_preview
+from clinvla_fast.data.preview import check_preview, write_preview
 from clinvla_fast.data.quality import Quality
 from clinvla_fast.data.radiographs import Reading
 from clinvla_fast.data.reports import Steps, clean_report
-from clinvla_fast.data.shards import Format, LeftOut, empty_or_absent, read_manifest
+from clinvla_fast.data.shards import Format, LeftOut, check_out, read_manifest
 from clinvla_fast.data.sources import SOURCES
 from clinvla_fast.data.sources.record import Record
 from clinvla_fast.errors import DataError
@@ -72,21 +72,26 @@ class Source:
             raise DataError("--short-side and --workers must be at least 1.")
         if self.show is not None and self.show < 1:
             raise DataError(f"--show is {self.show}: expected at least 1.")
+        if self.preview:
+            check_preview(self.preview)
+        quality = None if self.keep_poor_films else self.quality
+        reading = Reading(self.window, self.crop_borders, self.fill_text, quality)
         looking = self.dry_run or self.show
         if not (self.out or looking):
             raise DataError("pass --out DIR, or --dry-run or --show 20 to look first.")
-        if not looking and not (self.out / "manifest.json").is_file():
-            empty_or_absent(self.out)  # before tables are read for minutes
+        if not looking:
+            check_out(self.out)  # before tables are read for minutes
         records, left_out = find(self.source, self.root, self.reports)
         if self.show:
             return _show_reports(records, self.show, self.clean)
         if self.dry_run:
             return _print_found(self.root, records, left_out)
-        quality = None if self.keep_poor_films else self.quality
-        reading = Reading(self.window, self.crop_borders, self.fill_text, quality)
+        finished = (self.out / "manifest.json").is_file()
         preparation = Preparation(self.short_side, self.image_format, reading, self.clean)
         with progress_bar("studies") as progress:
             manifest = prepare(self.source, records, left_out, self.out, preparation, self.workers, progress)
+        if finished:
+            console.print(f"{self.out} was finished before, and no file was read again: remove it to start anew.")
         return _finish(self.out, manifest, self.preview, trainable=any(map(_reports, records.values())))
 
 
@@ -106,6 +111,8 @@ class Phantom:
     """Also write a page (.html) or picture (.png) of some studies as the model will see them."""
 
     def run(self) -> None:
+        if self.preview:
+            check_preview(self.preview)
         try:
             with progress_bar("patients") as progress:
                 sizes = {"patients": self.patients, "seed": self.seed, "size": self.size}
@@ -156,9 +163,9 @@ def _print_found(root: Path, records: dict[str, list[Record]], left_out: list[Le
     for split, of_split in records.items():
         for record in of_split:
             current = [path for view, path in record.views.items() if view in CURRENT]
-            if isinstance(record.report, Path) and not record.report.is_file():
+            if isinstance(record.report, Path) and not os.path.isfile(record.report):
                 dropped["report is missing"] += 1
-            elif current and not any(path.is_file() for path in current):
+            elif current and not any(map(os.path.isfile, current)):
                 dropped["file is missing"] += 1
             else:
                 splits[split] += 1

@@ -260,7 +260,9 @@ class Job:
 
         new = run.state is None or run.state["stage"] != "align"
         if new or self.settings.compile or self.settings.fp8:
-            first = next(iter(make_loader(None))).to(self.device)
+            sizes = {"image_size": model.vision.image_size, "max_tokens": tokens, "cache": "off"}
+            loader = self.training_loader(data, model.tokenizer, recipe.batch_size, None, **sizes)
+            first = next(iter(loader)).to(self.device)
         if self.settings.fp8:
             self.quantise(model, first)
         if new:
@@ -297,9 +299,8 @@ class Job:
             device="gpu" if self.device.type == "cuda" else "cpu",
             seed=self.settings.seed,
             checkpoint=checkpoint,
-            cache=self.settings.cache,
             cache_folder=self.out,
-            **sizes,
+            **{"cache": self.settings.cache} | sizes,
         )
 
     def loader(self, data: Path, split: str, model: ClinVLA) -> StudyLoader:

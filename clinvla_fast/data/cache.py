@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -37,7 +37,7 @@ def choose_cache(wanted: CacheName, size: int, *, gpu: bool, processes: int, fol
     if wanted == "off":
         return wanted
     room = {
-        "gpu": lambda: torch.cuda.mem_get_info()[0] if gpu else 0,
+        "gpu": lambda: _free_gpu_memory() if gpu else 0,
         "ram": lambda: available_memory() // processes,
         "disk": lambda: shutil.disk_usage(folder).free // processes,
     }
@@ -50,18 +50,35 @@ def choose_cache(wanted: CacheName, size: int, *, gpu: bool, processes: int, fol
     return wanted
 
 
+def _free_gpu_memory() -> int:
+    """Bytes, with those that PyTorch holds for its next tensors."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 def available_memory() -> int:
-    """Bytes of host memory that this process can still take: the machine's, or its control group's if that is less."""
+    """Bytes of host memory that this process can still take: the machine's, or one of its control groups' if less."""
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     free = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
-    # In a container its own group is here: of version 2 or 1.
-    for limit, used in ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"):
-        group = Path("/sys/fs/cgroup", "" if limit == "memory.max" else "memory")
+    for group, limit, used in _control_groups():
         if (group / limit).is_file() and (most := (group / limit).read_text().strip()) != "max":
             counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             files = int(counts.get("total_inactive_file", counts["inactive_file"]))  # the kernel gives these up
             free = min(free, int(most) - int((group / used).read_text()) + files)
     return max(free, 0)
+
+
+def _control_groups() -> Iterator[tuple[Path, str, str]]:
+    """Each folder that may limit this process's memory, with the names of its files for the limit and what is used."""
+    known = Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").is_file() else []
+    names = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in known}
+    for root, controller, files in (
+        (Path("/sys/fs/cgroup"), "", ("memory.max", "memory.current")),
+        (Path("/sys/fs/cgroup/memory"), "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+    ):
+        own = root / names.get(controller, "").lstrip("/")  # in a container it may be the root itself
+        for group in (own, *own.parents):
+            if group.is_relative_to(root):
+                yield group, *files
 
 
 class PixelCache:
@@ -116,6 +133,8 @@ def gather(pixels: Tensor, stops: np.ndarray, shapes: np.ndarray) -> Tensor:
 
     One image a call would keep a CPU busy with starting copies.
     """
+    if not len(stops):
+        return pixels.new_empty(0, 0, 0, 1)
     starts = torch.from_numpy(stops - shapes.prod(1)).to(pixels.device)
     heights, widths = (torch.from_numpy(side).to(pixels.device)[:, None, None] for side in shapes.T)
     rows, columns = (torch.arange(side, device=pixels.device) for side in shapes.max(0).tolist())

@@ -37,15 +37,21 @@ from .tokenizer import tokenize_reports
 _FILES = {"json": 0} | {f"{view}.{kind}": 1 + i for i, view in enumerate(VIEWS) for kind in ("jpg", "png")}
 _BLOCK = 512  # bytes; a tar file is made of them
 _DRAWS = 7  # of an augmentation: turn, zoom and shift in x and y, brightness, contrast
+_ALIASED, _ROOM = 1.25, 1.1  # times the tower's size: sides above are made smaller first, and to which size
 _SAME_DRAWS = np.array([0, 1, 0, 1])  # by view: a prior is augmented as the current image of the same projection is
 
 
 @pipeline_def
-def _decoding(device: str):
+def _decoding(device: str, smaller: bool):
+    """Files to images [H, W, 1]; `smaller`: each to the shape that is handed in with it."""
     file = fn.external_source(name="file", ndim=1, dtype=types.UINT8, no_copy=True)
     # All by the hardware decoder where there is one: shared out by DALI, the same file may come out a grey level apart.
     mixed = {"device": "mixed", "hw_decoder_load": 1.0} if device == "gpu" else {"device": "cpu"}
-    return fn.decoders.image(file, output_type=types.GRAY, adjust_orientation=False, **mixed)
+    image = fn.decoders.image(file, output_type=types.GRAY, adjust_orientation=False, **mixed)
+    if not smaller:
+        return image
+    shape = fn.external_source(name="shape", ndim=1, dtype=types.FLOAT)
+    return fn.resize(image, size=shape, interp_type=types.INTERP_LINEAR, antialias=True)
 
 
 @pipeline_def
@@ -227,7 +233,8 @@ class StudyLoader:
         device: "cpu", or "gpu" to decode and augment there.
         threads: of DALI.
         checkpoint: what `checkpoint` returned.
-        cache: where decoded images are kept for later epochs, as stored and with the report's tokens. "auto": the first
+        cache: where decoded images are kept for later epochs, with the report's tokens. In training a side much longer
+            than the tower's is made smaller before, as augmentation samples it without a filter. "auto": the first
             of GPU memory (with device "gpu"), host memory and disk of which they take at most half of what is free;
             "off" where there is none, and in evaluation, which mostly reads a split once.
         cache_folder: where the file of a cache on disk is; by default where temporary files go.
@@ -282,9 +289,15 @@ class StudyLoader:
         self._epoch = self._batch = 0
         if checkpoint:
             try:
-                self._epoch, self._batch = json.loads(checkpoint)
+                self._epoch, done, studies = json.loads(checkpoint)
+                self._batch, rest = divmod(done, batch_size * ranks)
             except (ValueError, TypeError):
                 raise DataError("the loader's checkpoint is of another version: start this stage again.") from None
+            if rest or studies != self.studies:
+                raise DataError(
+                    f"the loader's checkpoint is of another batch size, number of processes or data: after {done} of "
+                    f"{studies} studies, and here are batches of {batch_size * ranks} of {self.studies}."
+                )
 
     def __len__(self) -> int:
         """Batches an epoch, of this process."""
@@ -310,7 +323,7 @@ class StudyLoader:
 
     def checkpoint(self) -> str:
         """Where the loader stands, for `checkpoint=`: the batches that follow, and their augmentation, are the same."""
-        return json.dumps([self._epoch, self._batch])
+        return json.dumps([self._epoch, self._batch * self.batch_size * self._ranks, self.studies])
 
     def _open(self) -> None:
         """What needs the shards: once, as the first epoch begins."""
@@ -320,8 +333,9 @@ class StudyLoader:
         if self.train or place != "off":
             with ThreadPoolExecutor(self._threads) as pool:
                 shards = list(pool.map(self._shard, range(len(self._paths))))
+        self._smaller = self.train and any((shard.shapes > _ALIASED * self._size).any() for shard in shards)
         if place != "off":
-            shapes = np.concatenate([shard.shapes for shard in shards]).reshape(-1, 2)
+            shapes = self._held(np.concatenate([shard.shapes for shard in shards])).reshape(-1, 2)
             place = self._choose_cache(int(shapes.astype(np.int64).prod(1).sum()))
             self._cache = None if place == "off" else PixelCache(shapes, place, self._cache_folder)
         device = "gpu" if self._gpu else "cpu"
@@ -337,7 +351,11 @@ class StudyLoader:
         source = "gpu" if self._on_gpu else "cpu"
         sizing = _sizing(self._size, self.train, device, source, self._padded, **common)
         self._sizer = _Stage(sizing, self._stream)
-        self._decoder = _Stage(_decoding(device, **common), self._stream)
+        self._decoder = _Stage(_decoding(device, self._smaller, **common), self._stream)
+
+    def _held(self, shapes: np.ndarray) -> np.ndarray:
+        """Heights and widths that images of `shapes` are decoded to."""
+        return np.where(shapes > _ALIASED * self._size, math.ceil(_ROOM * self._size), shapes) if self.train else shapes
 
     def _choose_cache(self, size: int) -> CacheName:
         room = {"gpu": self._gpu, "processes": self._ranks, "folder": self._cache_folder}
@@ -371,15 +389,21 @@ class StudyLoader:
             tokens, lengths = tokenize_reports(self.tokenizer, reports, self.max_tokens)
             for (study, (name, labels, _)), words in zip(metas.items(), tokens.split(lengths.tolist()), strict=True):
                 texts[study] = _Text(name, labels, words.numpy())
-        return _Job(studies, np.stack(shapes), [texts[study] for study in numbers], new, files)
+        return _Job(studies, self._held(np.stack(shapes)), [texts[study] for study in numbers], new, files)
 
     def _decoded(self, jobs: Iterable[_Job]) -> Iterator[tuple[_Job, Sequence]]:
         try:
-            yield from self._decoder.ahead(jobs, lambda job: {"file": job.files})
+            yield from self._decoder.ahead(jobs, self._files)
         except RuntimeError as error:
             lines = (line.strip() for line in str(error).splitlines())
             reason = next((line for line in lines if "rror" not in line and len(line) > 20), "damaged")
             raise self._unreadable(reason[:200]) from None
+
+    def _files(self, job: _Job) -> dict[str, Sequence]:
+        """What DALI decodes of a batch."""
+        if not self._smaller:
+            return {"file": job.files}
+        return {"file": job.files, "shape": job.shapes[job.new][job.present[job.new]].astype(np.float32)}
 
     def _inputs(self, job: _Job, decoded: Sequence, draws: np.ndarray | None) -> dict[str, Sequence]:
         """What DALI makes a batch of. New images go into the cache, and all come out of it again."""

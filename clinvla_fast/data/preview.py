@@ -70,8 +70,7 @@ def write_preview(root: Path, out: Path, *, split: str, count: int = 20, keep: f
         OSError: if `out` cannot be written.
     """
     root, out = Path(root), Path(out)
-    if out.suffix.lower() not in (".html", ".png"):
-        raise DataError(f"{out}: the name of a preview ends in .html or .png.")
+    check_preview(out)
     if count < 1 or not 0 <= keep <= 1:
         raise DataError(f"A preview of {count} studies that keep {keep} of their patches: expected at least 1, 0 to 1.")
     shown = [(index, study, _as_seen(index, study, keep, seed)) for index, study in _choose(root, split, count)]
@@ -79,6 +78,14 @@ def write_preview(root: Path, out: Path, *, split: str, count: int = 20, keep: f
         out.write_bytes(_picture(shown))
     else:
         out.write_text(_page(shown, split, keep), encoding="utf-8")
+
+
+def check_preview(out: Path) -> None:
+    """Raises DataError if no preview can be written to `out`."""
+    if out.suffix.lower() not in (".html", ".png"):
+        raise DataError(f"{out}: the name of a preview ends in .html or .png.")
+    if not out.absolute().parent.is_dir():
+        raise DataError(f"{out}: there is no folder {out.parent} to write it to.")
 
 
 def _choose(root: Path, split: str, count: int) -> list[tuple[int, Study]]:

@@ -8,7 +8,7 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -353,16 +353,32 @@ def _voi(values: np.ndarray, counts: Counts | None, dataset, window: tuple[float
     if dataset.get("VOILUTSequence"):
         # pydicom's apply_voi keeps the indices in the entries' dtype, so an 8-bit LUT of 4,096 entries wraps around.
         lut = dataset.VOILUTSequence[0]
-        _, first, _ = lut.LUTDescriptor
-        table = np.frombuffer(lut.LUTData, "<u2") if isinstance(lut.LUTData, bytes) else np.asarray(lut.LUTData)
+        entries, first, _ = lut.LUTDescriptor
+        table = np.asarray(lut.LUTData) if not isinstance(lut.LUTData, bytes) else _entries(lut.LUTData, entries)
         index = np.clip(np.rint(values) - float(first), 0, len(table) - 1).astype(np.int64)
         return _scale(table[index], table.min(), table.max())
-    if dataset.get("WindowWidth") and dataset.get("WindowCenter") is not None:
+    if _has_window(dataset):
         from pydicom.pixels import apply_windowing
 
         ends = apply_windowing(np.array([-1e9, 1e9]), dataset)  # what the window's dark and bright ends come out as
         return _scale(apply_windowing(values, dataset), *ends)
     return _percentile_window(values, counts)
+
+
+def _entries(data: bytes, entries: int) -> np.ndarray:
+    """The entries of a look-up table: words, or two to a word where they have 8 bits. 0 entries are 65,536."""
+    packed = len(data) < 2 * (entries or 65_536)
+    return np.frombuffer(data, np.uint8 if packed else "<u2")[: entries or 65_536]
+
+
+def _has_window(dataset) -> bool:
+    """Whether the first window is one: PS3.3 C.11.2.1.2 asks for a width of 1 and more, or above 0."""
+    width, centre = dataset.get("WindowWidth"), dataset.get("WindowCenter")
+    if width is None or centre is None or width == [] or centre == []:
+        return False
+    width = width[0] if isinstance(width, Sequence) and not isinstance(width, str) else width
+    linear = str(dataset.get("VOILUTFunction") or "LINEAR") == "LINEAR"
+    return float(width) >= 1 if linear else float(width) > 0
 
 
 def _percentile_window(values: np.ndarray, counts: Counts | None) -> np.ndarray:

@@ -4,16 +4,18 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_KEPT = r"findings?|impressions?|conclusions?|diagnos[ie]s|opinion|addend(?:um|a)"
+_S = r"(?:s|\(s\))?"  # one or several
+_KEPT = rf"finding{_S}|impression{_S}|conclusions?|diagnos[ie]s|opinion|addend(?:um|a)"
 _OTHER = (
-    r"exam(?:ination)?s?(?: type)?|study|procedure|techniques?|views?|comparisons?|recommendations?|notifications?"
+    r"exam(?:ination)?s?(?: type)?|study|procedure|techniques?|views?"
+    rf"|comparison{_S}|recommendation{_S}|notification{_S}"
     r"|(?:clinical |patient |medical |relevant )?(?:history|information|indications?|data|statement|details)"
     r"|reason for (?:the )?(?:exam(?:ination)?|study|test)"
     r"|(?:electronically )?signed(?: by)?|dictated(?: by)?|attending|end of impression|summary|accession(?: number)?"
 )
 _TITLE = r"(?:final|preliminary|radiology|provisional) (?:report|read)|wet read|report|narrative"
 _PREFIX = r"(?:final |radiographic |radiological |chest |x-?ray |overall )?"
-_SUFFIX = r"(?:\s*(?:and|&|/)\s*(?:findings?|impressions?|conclusions?|recommendations?)| ?#?\d+)?"
+_SUFFIX = rf"(?:\s*(?:and|&|/)\s*(?:findings?|impressions?|conclusions?|recommendation{_S})| ?#?\d+)?"
 _NAME = rf"(?:(?P<kept>{_PREFIX}(?:{_KEPT}){_SUFFIX})|(?P<other>{_OTHER})|(?P<title>{_TITLE}))"
 # A heading stands at the start of a line and has a colon or the line to itself. Upper case alone also marks one: with
 # a colon anywhere (tables hold whole reports in one line), without a colon at the start of a line.
@@ -23,7 +25,10 @@ _HEADINGS = [
     re.compile(rf"\b{_NAME}\s*:", re.I),
     re.compile(rf"^[ \t]*{_NAME}(?:[ \t]{{2,}}|[ \t]+(?=(?-i:[A-Z][a-z]|\d)))", re.I | re.M),
 ]
-_UPPER_ONLY = (False, False, True, True)
+# A sign-off needs no colon: what follows it is a name.
+_SIGNED = r"(?:electronically )?(?:signed|dictated|reviewed|approved|interpreted)(?:(?:,| and|&)? \w+ed)* by"
+_HEADINGS.append(re.compile(rf"^[ \t]*(?P<other>{_SIGNED})\b(?P<kept>)(?P<title>)", re.I | re.M))
+_UPPER_ONLY = (False, False, True, True, False)
 
 _NOTHING = re.compile(
     r"(?:no|none|nil|n/?a|nan|null|as|see|not)"
@@ -34,7 +39,8 @@ _NOTHING = re.compile(
 _ABBREVIATED = re.compile(r"(?:^|\W)(?:dr|mr|mrs|ms|vs|no|fig|approx|e\.g|i\.e|a\.m|p\.m|st|^\(?\d{1,2})\.$", re.I)
 
 # Devices and anatomy are named as in RadLex, signs and diseases as in the Fleischner Society's glossary; PTX and ILD
-# are the two that the ClinVLA paper prints. Abbreviations with two common meanings on a chest film (PA, RA, MR) stay.
+# are the two that the ClinVLA paper prints. Abbreviations with two common meanings in a report (PA, RA, MR; PE:
+# embolism or effusion; PCP: pneumonia or physician) stay.
 # Matched exactly as written: in lower case many of them are ordinary words or parts of them.
 ABBREVIATIONS = {
     # diseases and signs
@@ -45,10 +51,8 @@ ABBREVIATIONS = {
     "IPF": "idiopathic pulmonary fibrosis",
     "COPD": "chronic obstructive pulmonary disease",
     "ARDS": "acute respiratory distress syndrome",
-    "PE": "pulmonary embolism",
     "TB": "tuberculosis",
     "DISH": "diffuse idiopathic skeletal hyperostosis",
-    "PCP": "pneumocystis pneumonia",
     "GGO": "ground-glass opacity",
     # lobes and places
     "RUL": "right upper lobe",
@@ -105,7 +109,7 @@ def _longest_first(table: dict[str, str]) -> str:
     return "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
 
 
-_ABBREVIATION = re.compile(rf"\b(?:{_longest_first(ABBREVIATIONS)})(?=s?\b)")
+_ABBREVIATION = re.compile(rf"\b(?:{_longest_first(ABBREVIATIONS)})(?=s?\b)(?!-\d)")  # ICD-10 is a code
 _ABBREVIATION_ANY_CASE = re.compile(rf"\b(?:{_longest_first(_ANY_CASE)})(?:(?<=/)(?!\w\b)|(?=s?\b)(?<!/))", re.I)
 
 _EXCLUDED = r"(?:\w+ly )?(?:excluded|ruled out)\b"

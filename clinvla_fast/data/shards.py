@@ -9,6 +9,7 @@ The JSON holds study_id, patient_id, report, labels and boxes. A view that a stu
 """
 
 import csv
+import errno
 import fcntl
 import hashlib
 import io
@@ -91,6 +92,12 @@ def empty_or_absent(out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(path.name != ".partial" for path in out.iterdir())):
         raise DataError(f"{out} already exists and is not an empty folder: pass another --out, or remove it first.")
     return out
+
+
+def check_out(out: Path) -> None:
+    """Raises DataError unless `out` is free, finished, or was being finished when its process died."""
+    if not any((out / folder / "manifest.json").is_file() for folder in ("", ".partial")):
+        empty_or_absent(out)
 
 
 def write_shards(
@@ -218,8 +225,9 @@ def _claimed(partial: Path, identity: str, out: Path) -> Iterator[None]:
         try:
             # A lock of the process alone: workers that outlive it for a moment do not hold it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"{out} is being written by another process: wait for it, or stop it.") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system knows no locks
+                raise DataError(f"{out} is being written by another process: wait for it, or stop it.") from None
         file.seek(0)
         known = file.read().decode()
         if (partial / "manifest.json").is_file():

@@ -132,6 +132,13 @@ class TestSameBatches:
         orders = [tuple(ids(epoch)) for epoch in epochs]
         assert len(set(orders)) == 3
 
+    def test_a_checkpoint_of_another_job(self, load):
+        loader = load(train=True)
+        next(iter(loader))
+        for other in ({"batch_size": 5}, {"ranks": 3}):
+            with pytest.raises(DataError, match="of another batch size, number of processes or data: after 8 of 37"):
+                load(train=True, checkpoint=loader.checkpoint(), **other)
+
     def test_not_a_checkpoint(self, load):
         for state in ("opaque", b"\xff\x00", "5"):
             with pytest.raises(DataError, match="checkpoint is of another version"):
@@ -388,3 +395,18 @@ class TestCaches:
             wanted = torch.zeros(4, 5, dtype=torch.uint8)
             wanted[:height, :width] = pixels[stop - height * width : stop].view(height, width)
             assert torch.equal(image, wanted)
+
+
+def test_fine_detail_is_filtered_alike_in_training_and_evaluation(tmp_path, load):
+    """A film much larger than the tower's images: pixels picked from it would be another picture."""
+    random = np.random.default_rng(0)
+    studies = [
+        Study(f"s{i}", f"p{i}", "train", "Clear.", {"frontal": random.integers(0, 256, (200 + 7 * i, 400), np.uint8)})
+        for i in range(8)
+    ]
+    root = write(tmp_path / "data", studies, image_format="png")
+    (evaluated,) = load(root)
+    trained, again = list(load(root, train=True, cache="off")), load(root, train=True, cache="ram")
+    spread = [batch.images[:, 0, 8:-8, 8:-8].double().std().item() for batch in (*trained, evaluated)]
+    assert spread[0] < 1.6 * spread[1]
+    assert_same(again, trained)

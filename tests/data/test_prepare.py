@@ -306,3 +306,46 @@ def test_in_a_folder_that_is_there_already(images, monkeypatch):
     monkeypatch.chdir(images / "here")
     main(["csv", str(table), "--out", ".", POOR])
     assert read_manifest(images / "here")["counts"]["kept"] == 1 and not list((images / "here").glob(".*"))
+
+
+def test_stopped_while_it_moves_into_a_folder_that_is_there(images, monkeypatch):
+    table = write_table(images / "table.csv", [{"study_id": f"s{i}", "patient_id": f"p{i}"} for i in range(9)])
+    main(["csv", str(table), "--out", str(images / "whole"), POOR])
+    (images / "here").mkdir()
+    real = Path.replace
+
+    def stopping(path, target):
+        if Path(target).parent == images / "here" and Path(target).suffix == ".tar":
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", stopping)
+        with pytest.raises(SystemExit) as caught:
+            main(["csv", str(table), "--out", str(images / "here"), POOR])
+        assert caught.value.code == 130
+    for _ in range(2):  # to go on, and once more when it is finished
+        main(["csv", str(table), "--out", str(images / "here"), POOR])
+    assert {p.name: p.read_bytes() for p in (images / "here").iterdir()} == {
+        p.name: p.read_bytes() for p in (images / "whole").iterdir()
+    }
+
+
+def test_what_cannot_be_is_said_before_the_work(images, capsys):
+    table = write_table(images / "table.csv", [{"study_id": "s", "patient_id": "p"}])
+    for options, reason in (
+        (["--preview", images / "a.pdf"], "ends in .html or .png"),
+        (["--preview", images / "none" / "a.png"], "there is no folder"),
+        (["--window", 0, 5], "expected a width above 0"),
+        (["--show", -1], "--show is -1"),
+        ([], "pass --out DIR"),
+    ):
+        out = ["--out", images / "data"] if options else []
+        assert reason in one_error(capsys, "csv", table, *out, *options)
+    assert not (images / "data").exists()
+
+
+def test_a_dry_run_survives_any_path(images, capsys):
+    table = write_table(images / "table.csv", [{"study_id": "s", "patient_id": "p", "frontal": "x" * 300}])
+    main(["csv", str(table), "--dry-run"])
+    assert "file is missing" in capsys.readouterr().out

@@ -575,3 +575,21 @@ def test_damaged_files_are_read_or_refused(whole_files, tmp_path):
                 assert "secret" not in str(error).lower()
                 reasons.add(error.reason)
     assert {"not an image", "truncated image"} <= reasons <= REASONS
+
+
+@pytest.mark.parametrize("width", [0, 0.5, [0, 2000], None])
+def test_a_window_that_is_none_is_not_used(tmp_path, width):
+    plain = read_radiograph(write_dicom(tmp_path / "a.dcm", gradient()), 64)
+    found = read_radiograph(write_dicom(tmp_path / "b.dcm", gradient(), WindowCenter=200, WindowWidth=width), 64)
+    assert np.array_equal(found, plain)
+
+
+def test_an_8_bit_lut_packed_two_entries_to_a_word(tmp_path):
+    table = (np.arange(4096) // 16).astype(np.uint8)
+    films = []
+    for name, data, bits in (("a", table.tobytes(), 8), ("b", table.astype("<u2").tobytes(), 16)):
+        item = pydicom.Dataset()
+        item.LUTDescriptor, item.LUTData = [4096, 0, bits], data
+        item["LUTData"].VR = "OW"
+        films.append(read_radiograph(write_dicom(tmp_path / f"{name}.dcm", 5 * gradient(), VOILUTSequence=[item]), 64))
+    assert np.array_equal(*films)

@@ -251,3 +251,33 @@ def test_real_negations_stay(open_i):
         before = negation.findall(hedge.sub("", re.sub(r"XXXX'\w+", "", wanted)))
         after = negation.findall(hedge.sub("", clean_report(whole)))
         assert [w.lower() for w in before] == [w.lower() for w in after], wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("IMPRESSION:\n\n No acute process.\n\n RECOMMENDATION(S):  Repeat in 6 weeks.", "No acute process."),
+        ("NOTIFICATION(S): called Dr. A.\nFINDING(S): Edema.", "Edema."),
+        ("INDICATION: cough.\n\nLungs are clear.\n\nDictated by Dr. Smith", "Lungs are clear."),
+        ("FINDINGS: Clear.\nElectronically signed and reviewed by Dr. X", "Clear."),
+        ("The film was reviewed by two readers. Clear.", "The film was reviewed by two readers. Clear."),
+        ("No PNA. Discussed with PCP Dr. A.", "No pneumonia. Discussed with PCP Dr. A."),
+        ("ICD-10 R91. Small L PE.", "ICD-10 R91. Small L PE."),
+    ],
+)
+def test_headings_sign_offs_and_ambiguous_abbreviations(text, expected):
+    assert clean_report(text) == expected
+
+
+@pytest.mark.parametrize("step", ["sections", "marks", "formatting", "hedges", "abbreviations"])
+def test_each_step_can_be_left_out(step):
+    text = "INDICATION: cough.\nFINDINGS:\n1. Possible CHF at ___.\n2. Clear."
+    assert clean_report(text) == "CHF at. Clear.".replace("CHF", "Congestive heart failure")
+    kept = {
+        "sections": "cough",
+        "marks": "___",
+        "formatting": "1.",
+        "hedges": "Possible",
+        "abbreviations": "CHF",
+    }
+    assert kept[step] in clean_report(text, Steps(**{step: False}))
