@@ -107,7 +107,7 @@ def read_radiograph(path: str | Path, short_side: int = 256, options: Reading = 
     """
     content = _content(path)
     if content[128:132] == b"DICM" or Path(path).suffix.lower() in (".dcm", ".dicom"):
-        image = _read_dicom(path, content, options.window)
+        image = Image.fromarray(_read_dicom(path, content, options.window))
     else:
         least = max(short_side, _JUDGED_SIDE if options.quality else 0)
         least *= 5 if options.crop_borders else 2  # cropping may leave 0.4 of a side
@@ -115,10 +115,10 @@ def read_radiograph(path: str | Path, short_side: int = 256, options: Reading = 
     if _blank(image):
         raise UnreadableImage(path, "blank image", "more than one gray level")
     if options.crop_borders:
-        image = crop_borders(image)
-        _check_size(path, *image.shape)
+        image = Image.fromarray(crop_borders(np.asarray(image)))
+        _check_size(path, *image.size)
     if options.fill_text:
-        image = fill_text(image)
+        image = Image.fromarray(fill_text(np.asarray(image)))
     resized = _resize(image, short_side)
     if options.quality:
         judged = resized if short_side >= _JUDGED_SIDE else _resize(image, _JUDGED_SIDE)
@@ -143,7 +143,7 @@ def _content(path: str | Path) -> bytes:
         raise UnreadableImage(path, "file cannot be read", f"a readable file ({type(error).__name__})") from None
 
 
-def _read_picture(path: str | Path, content: bytes, least_side: int) -> np.ndarray:
+def _read_picture(path: str | Path, content: bytes, least_side: int) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -155,8 +155,8 @@ def _read_picture(path: str | Path, content: bytes, least_side: int) -> np.ndarr
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
                 if image.mode.startswith("I"):
-                    return _looked_up(np.asarray(image), _percentile_window)
-                return np.asarray(image if image.mode == "L" else image.convert("L"))
+                    return Image.fromarray(_looked_up(np.asarray(image), _percentile_window))
+                return image if image.mode == "L" else image.convert("L")
         except DataError:
             raise
         except UnidentifiedImageError:
@@ -336,12 +336,14 @@ def _looked_up(stored: np.ndarray, gray: Gray) -> np.ndarray:
     return image
 
 
-def _blank(image: np.ndarray) -> bool:
-    """Whether the percentiles of `image` (uint8) are equal, which is when at most 1% of it differs from some level."""
-    few = np.bincount(image[::16].ravel(), minlength=256)
-    if few.max() < 0.8 * few.sum():  # so more than 1% of all differ
+def _blank(image: Image.Image) -> bool:
+    """Whether the percentiles of `image` (8 bits) are equal, which is when at most 1% of it differs from some level."""
+    width, height = image.size
+    middle = image.crop((0, height // 2, width, height // 2 + -(-height // 16)))  # all of it takes a while to count
+    few = middle.histogram()
+    if max(few) < 0.8 * sum(few):  # so more than 1% of all differ
         return False
-    low, high = _percentiles(np.arange(256), np.array(Image.fromarray(image).histogram()))
+    low, high = _percentiles(np.arange(256), np.array(image.histogram()))
     return low == high
 
 
@@ -418,7 +420,7 @@ def crop_borders(image: np.ndarray) -> np.ndarray:
     line differs. So the air beside a body stays, whose edge is curved. At most 0.3 of the height or width is cut off a
     side, and what is cut is exact to about 1/256 of the short side.
     """
-    small = _resize(image, _CROP_SIDE).astype(np.int16)
+    small = _resize(Image.fromarray(image), _CROP_SIDE).astype(np.int16)
     top, bottom = _band(small), _band(small[::-1])
     left, right = _band(small.T), _band(small.T[::-1])
     inner = small[top : len(small) - bottom, left : small.shape[1] - right]
@@ -486,7 +488,7 @@ def _ocr(process: int):
 def _text_boxes(ocr, image: np.ndarray) -> list[tuple[int, int, int, int]]:
     """(left, top, right, bottom) of each text near an edge, with a margin; ends excluded."""
     height, width = image.shape
-    shown = _resize(image, _OCR_SIDE) if min(image.shape) > _OCR_SIDE else image
+    shown = _resize(Image.fromarray(image), _OCR_SIDE) if min(image.shape) > _OCR_SIDE else image
     scale = np.array([width / shown.shape[1], height / shown.shape[0]])
     boxes = []
     for corners, _, _ in ocr(shown)[0] or ():
@@ -520,9 +522,9 @@ def _fill(image: np.ndarray, box: tuple[int, int, int, int]) -> None:
     image[around] = np.where(mask, cv2.inpaint(image[around], mask, 3, cv2.INPAINT_TELEA), image[around])
 
 
-def _resize(image: np.ndarray, short_side: int) -> np.ndarray:
-    height, width = image.shape
+def _resize(image: Image.Image, short_side: int) -> np.ndarray:
+    width, height = image.size
     scale = short_side / min(height, width)
     size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
     # Pillow widens the bilinear kernel with the reduction, so this is antialiased.
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
