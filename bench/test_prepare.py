@@ -20,9 +20,9 @@ pydicom = pytest.importorskip("pydicom", reason="needs pydicom")
 pytest.importorskip("data_store", reason="needs pydicom-data")
 
 SIDE, ROUNDS = 256, 9
-KINDS = ("uncompressed", "no window", "jpeg 2000", "png", "png 16", "jpeg")
-# Decoding takes nearly all of the time of these in both ways; judging the quality takes 1 ms of 30.
-AT_LEAST = dict.fromkeys(KINDS, 1.0) | {"jpeg 2000": 0.95, "png": 0.9}
+# Decoding takes nearly all of the time of an 8-bit PNG in both ways, and only one of them judges the quality.
+SLOWER = pytest.mark.xfail(reason="0.94 to 0.97 times as fast: judging takes 1 ms of 30", strict=False)
+KINDS = ("uncompressed", "no window", "jpeg 2000", pytest.param("png", marks=SLOWER), "png 16", "jpeg")
 
 
 def film(name):
@@ -97,4 +97,4 @@ def test_reading(benchmark, films, kind):
     benchmark.extra_info.update(rates, times_faster=faster, machine=platform.machine(), numpy=np.__version__)
     print(kind, {name: round(rate, 1) for name, rate in rates.items()}, f"{faster:.2f} times faster")
     benchmark.pedantic(ours, args=(paths[0],), rounds=1)
-    assert faster >= AT_LEAST[kind]
+    assert faster >= 1
