@@ -32,16 +32,39 @@ def forward_flops(model: ClinVLA, views: int, tokens: int, *, masked: bool = Fal
 
 def step_flops(model: ClinVLA, views: int, tokens: int) -> int:
     """As `forward_flops`, of one masked training step: forward, losses and backward, a study."""
-    batch = _study(model, views, tokens)
+    batch = _study(model, views, tokens, training=True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.objective(model(batch, mask_seed=0))["loss"].backward()
+        embeddings, sums = model.train_on(batch, 0)
+        (model.objective(embeddings)["loss"] + sum(sums.values())).backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
 
-def _study(model: ClinVLA, views: int, tokens: int) -> StudyBatch:
+def bytes_sent(model: ClinVLA, batch_size: int, ranks: int, tokens: int | None = None) -> int:
+    """Bytes that each of several processes sends in a training step, its collectives in rings.
+
+    Gradients of what is trained are all-reduced; global embeddings of both sides and the words of reports are gathered,
+    and their gradients go back; of the scores of reports, which all ranks' images have a part in, two sums.
+
+    Args:
+        tokens: of the longest report; None: the most there can be.
+    """
+    if ranks == 1:
+        return 0
+    own, others, recipe = batch_size / ranks, ranks - 1, model.recipe
+    gradients = 2 * others / ranks * sum(p.numel() * p.element_size() for p in model.trainable().values())
+    whole = 2 * 2 * others * own * 4 * recipe.width if recipe.global_weight and recipe.objective == "contrastive" else 0
+    words = 0
+    if recipe.local_weight and recipe.objective == "contrastive":
+        element = 4 if model.dtype is None else model.dtype.itemsize
+        words = others * own * (tokens or model.max_tokens) * (2 * recipe.width * element + 1)
+        words += 2 * 2 * others / ranks * 4 * batch_size
+    return round(gradients + whole + words)
+
+
+def _study(model: ClinVLA, views: int, tokens: int, training: bool = False) -> StudyBatch:
     # The counter knows no formula for a CPU's fused attention, so both functions run attention as plain products.
-    size = model.vision.image_size
+    size = model.training_size if training else model.vision.image_size
     return StudyBatch(
         images=torch.zeros(1, views, size, size, dtype=torch.uint8, device=model.device),
         present=torch.ones(1, views, dtype=torch.bool, device=model.device),

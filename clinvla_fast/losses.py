@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn.functional import cross_entropy
 
 from . import ops
+from .distributed import gather_rows
 
 _EPS = 1e-8  # GLoRIA's least product of lengths: only of rows that have none
 
@@ -40,22 +40,6 @@ def _check_pairs(image_features: Tensor, text_features: Tensor) -> None:
         )
 
 
-class _Gather(Function):
-    """The rows of all ranks, in the order of ranks; a row's gradient is the sum of all ranks' gradients for it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        out = grad.new_empty(len(grad) // dist.get_world_size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad.contiguous())
-        return out
-
-
 class _Sharded(nn.Module):
     """A loss of pairs that `world_size` ranks share, rank r the r-th part, all parts of one size."""
 
@@ -71,7 +55,7 @@ class _Sharded(nn.Module):
                 f"rank and world_size are {self.rank} and {self.world_size}: expected {dist.get_rank()} and "
                 f"{dist.get_world_size()}, as of the default process group."
             )
-        return _Gather.apply(x)
+        return gather_rows(x, [len(x)] * self.world_size)
 
 
 class ClipLoss(_Sharded):

@@ -1,198 +1,69 @@
-"""Pretraining: make towers by masked modelling where a preset has none, then align images and reports."""
+"""The stages of pretraining: towers by masked modelling where a preset has none, then what the method trains."""
 
-import math
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import fields
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import functional_call
 from torch.nn.functional import normalize
 
 from . import ops
 from .data.loader import StudyLoader
+from .distributed import gathered, ranks, total
+from .errors import DataError
 from .evaluation.retrieval import retrieval_scores
+from .fit import Stage
 from .modeling.masked_modeling import MaskedModeling, draw_masked_words
-from .modeling.model import ClinVLA, parameter_groups
+from .modeling.model import ClinVLA
 from .modeling.packing import Packing
 from .modeling.text import TextTower, text_block
 from .modeling.vision import VisionTower, vision_block
 from .objectives import collapse
 from .presets import TowerTraining
-from .run import Run
-from .study import StudyBatch
+from .recipe import Optimization
+from .study import Embeddings, StudyBatch
 
-MakeLoader = Callable[[str | None], StudyLoader]
-_LOG_EVERY = 10
-_GRADIENT_NORM = 1.0
 _ALARM_PATIENCE = 5
 
 
-class Progress(Protocol):
-    """What a stage tells whoever watches it."""
+class Towers(Stage):
+    """Both towers learn by masked modelling: patches of every present view, and words."""
 
-    def __call__(self, step: int, steps: int, words: str, studies: int) -> None: ...
+    name = "towers"
 
+    def __init__(self, model: MaskedModeling, settings: TowerTraining, seed: int):
+        super().__init__(seed)
+        self.model, self.settings = model, settings
 
-@dataclass(frozen=True)
-class Schedule:
-    """Linear warm-up, then a cosine to zero, as a factor of the learning rate."""
-
-    steps: int
-    warmup: float
-
-    def __call__(self, step: int) -> float:
-        rising = max(1, round(self.warmup * self.steps))
-        if step < rising:
-            return (step + 1) / rising
-        return (1 + math.cos(math.pi * (step - rising) / max(1, self.steps - rising))) / 2
-
-
-_SIGNALS = signal.SIGINT, signal.SIGTERM
-_raised = False  # by `interruptible`
-
-
-@contextmanager
-def _handled(handler: Callable) -> Iterator[None]:
-    previous = {s: signal.signal(s, handler) for s in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Around a job's stages: Ctrl-C and SIGTERM raise KeyboardInterrupt. Should a library that runs between stages
-    swallow it, the next stage stops after its first step."""
-    global _raised
-    _raised = False
-
-    def note_and_raise(signum, frame):
-        global _raised
-        _raised = True
-        raise KeyboardInterrupt
-
-    with _handled(note_and_raise):
-        yield
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Within: Ctrl-C and SIGTERM are noted instead of raised, so that a step is never cut in two."""
-    seen = _raised
-
-    def note(signum, frame):
-        nonlocal seen
-        if seen:
-            raise KeyboardInterrupt
-        seen = True
-
-    with _handled(note):
-        yield lambda: seen
-
-
-def fit(
-    run: Run,
-    stage: str,
-    module: nn.Module,
-    groups: list[dict],
-    losses: Callable[[StudyBatch, int], dict[str, Tensor]],
-    make_loader: MakeLoader,
-    *,
-    epochs: int,
-    warmup: float,
-    measure: Callable[[int], dict[str, float]] | None = None,
-    progress: Progress = lambda *args: None,
-) -> None:
-    """Minimise `losses(batch, step)["loss"]` over `epochs` of the loader with AdamW.
-
-    Goes on from the run's saved state where that is of this stage. On Ctrl-C the step is finished and the state saved
-    before KeyboardInterrupt is raised; it is also saved after every epoch.
-
-    Args:
-        groups: for AdamW, with a learning rate each.
-        measure: called after each epoch with the step; what it returns is logged.
-    """
-    state = run.state if run.state and run.state["stage"] == stage else None
-    loader = make_loader(state["loader"] if state else None)
-    device = next(module.parameters()).device
-    schedule = Schedule(epochs * len(loader), warmup)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    step = 0
-    if state:
-        module.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        step = state["step"]
-
-    def save() -> None:
-        model = {name: p.detach() for name, p in trained.items()}
-        parts = {"model": model, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        run.save_state(stage, step, loader=loader.checkpoint(), **parts)
-
-    module.train()
-    with _interrupts() as interrupted:
-        while step < schedule.steps:
-            for batch in loader:
-                parts = losses(batch.to(device), step)
-                optimizer.zero_grad(set_to_none=True)
-                parts["loss"].backward()
-                nn.utils.clip_grad_norm_(trained.values(), _GRADIENT_NORM)
-                optimizer.step()
-                rate = scheduler.get_last_lr()[-1]
-                scheduler.step()
-                step += 1
-                if step % _LOG_EVERY == 0 or step == schedule.steps:
-                    values = {
-                        name: float(part.detach()) if isinstance(part, Tensor) else part for name, part in parts.items()
-                    }
-                    run.log(stage, step, lr=rate, **values)
-                    words = " ".join(f"{name} {value:.2f}" for name, value in list(values.items())[:3])
-                    progress(step, schedule.steps, words, loader.batch_size)
-                if interrupted():
-                    save()
-                    raise KeyboardInterrupt
-            if measure is not None and (values := measure(step)):
-                run.log(stage, step, **values)
-            save()
-    module.eval()
-
-
-def make_towers(
-    run: Run, model: MaskedModeling, make_loader: MakeLoader, settings: TowerTraining, seed: int, progress: Progress
-) -> None:
-    """Train both towers by masked modelling: patches of every present view, and words."""
-
-    def losses(batch: StudyBatch, step: int) -> dict[str, Tensor]:
-        draw = _step_seed(seed, step)
-        patches = model.vision.patches
-        kept, _ = ops.draw_kept_patches(batch.present, patches, round(settings.keep * patches), draw)
-        image = model.image_loss(batch.images, batch.present, kept)
+    def forward(self, batch: StudyBatch, seed: int) -> dict[str, Tensor]:
+        patches = self.model.vision.patches
+        before = batch.present.new_zeros(batch.row, batch.present.shape[1])
+        present, keep = torch.cat([before, batch.present]), round(self.settings.keep * patches)
+        kept, _ = ops.draw_kept_patches(present, patches, keep, seed)
+        image = self.model.image_loss(batch.images, batch.present, kept)
         packing = Packing.of(batch.lengths, batch.tokens.device)
-        word = model.word_loss(batch.tokens, packing, draw_masked_words(packing, settings.masked_words, draw))
+        masked = draw_masked_words(batch.lengths, self.settings.masked_words, seed, batch.row)
+        word = self.model.word_loss(batch.tokens, packing, masked.to(batch.tokens.device))
+        if ranks() > 1:  # each is a mean, over views and over words
+            views, words = total(len(kept), len(masked))
+            image, word = image * len(kept) * ranks() / views, word * len(masked) * ranks() / words
         return {"loss": image + word, "image": image.detach(), "word": word.detach()}
-
-    groups = [{"params": list(model.parameters()), "lr": settings.lr, "weight_decay": settings.weight_decay}]
-    fit(
-        run, "towers", model, groups, losses, make_loader,
-        epochs=settings.epochs, warmup=settings.warmup, progress=progress,
-    )  # fmt: skip
 
 
 class CollapseAlarm:
-    """Watches the embeddings of training batches; speaks when they have been collapsed for a while."""
+    """Watches the embeddings of training batches; speaks when they have been collapsed for a while.
 
-    def __init__(self, warn: Callable[[str], None]):
+    Args:
+        stop: whether it raises DataError then, instead of warning.
+    """
+
+    def __init__(self, warn: Callable[[str], None], stop: bool = False):
         self.raised = False
-        self._warn, self._recent = warn, deque(maxlen=_ALARM_PATIENCE)
+        self._warn, self._stop, self._recent = warn, stop, deque(maxlen=_ALARM_PATIENCE)
 
     def __call__(self, embeddings: dict[str, Tensor], watching: bool) -> dict[str, float]:
         """Measure, and warn once. `watching` is false while a new model has not yet had time to spread out."""
@@ -200,69 +71,167 @@ class CollapseAlarm:
         self._recent.append(watching and any(c.alarming for c in found.values()))
         if len(self._recent) == _ALARM_PATIENCE and all(self._recent) and not self.raised:
             self.raised = True
-            self._warn(
+            message = (
                 "collapse: the embeddings of different studies have become alike "
                 f"({', '.join(f'{kind} variance {c.variance:.3f}, rank {c.rank:.1f}' for kind, c in found.items())}). "
                 "Retrieval will be at chance. The cosine objective has no negatives: try --objective contrastive."
             )
+            if self._stop:
+                raise DataError(message)
+            self._warn(message)
         return {f"{kind}_{name}": getattr(c, name) for kind, c in found.items() for name in ("variance", "rank")}
 
+    def state(self) -> dict:
+        return {"raised": self.raised, "recent": list(self._recent)}
 
-def align(
-    run: Run,
-    model: ClinVLA,
-    make_loader: MakeLoader,
-    validation: StudyLoader | None,
-    seed: int,
-    progress: Progress,
-    warn: Callable[[str], None],
-) -> CollapseAlarm:
-    """Train the adapters, heads and scales to align images and reports; return what the collapse alarm saw."""
-    recipe = model.recipe
-    alarm = CollapseAlarm(warn)
-    steps = recipe.epochs * len(make_loader(None))
+    def load_state(self, state: dict) -> None:
+        self.raised = state["raised"]
+        self._recent.extend(state["recent"])
 
-    def losses(batch: StudyBatch, step: int) -> dict[str, Tensor]:
-        embeddings = model(batch, mask_seed=_step_seed(seed, step))
-        parts = model.objective(embeddings)
-        if (step + 1) % _LOG_EVERY == 0:
-            e = embeddings.paired()
-            watched = {"image": e.image_global, "text": e.text_global}
-            parts |= alarm(watched, watching=step > recipe.warmup * steps)
-        return parts
 
-    def measure(step: int) -> dict[str, float]:
-        epoch = step // (steps // recipe.epochs)
-        if validation is None or (epoch % max(1, recipe.epochs // 6) and epoch != recipe.epochs):
+class Align(Stage):
+    """A ClinVLA's losses, aligned and reconstructed; with `chunk`, its batch goes through the towers in parts.
+
+    In parts, embeddings are computed first, without what a backward pass needs; the loss between all of them gives
+    their gradients, and each part is computed again to take its share of them to the weights (GradCache, Gao et al.
+    2021). Loss and gradients are those of the whole batch at once.
+    """
+
+    name = "align"
+
+    def __init__(self, model: ClinVLA, optimization: Optimization, seed: int, warn: Callable[[str], None]):
+        super().__init__(seed)
+        self.model, self.chunk, self.warmup = model, optimization.chunk, optimization.warmup
+        self.alarm = CollapseAlarm(warn, optimization.stop_on_collapse)
+        self._last: dict[str, Tensor] = {}
+
+    def forward(
+        self,
+        batch: StudyBatch,
+        seed: int,
+        counts: dict[str, float],
+        pull: Callable[[Embeddings], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of a batch; of a part of one, with what takes the place of the loss between embeddings there.
+
+        Args:
+            counts: what `reconstructed` counts, in the whole batch of all ranks.
+        """
+        embeddings, sums = self.model.train_on(batch, seed)
+        losses = self._aligned(self.model.objective, embeddings) if pull is None else {"loss": pull(embeddings)}
+        for name, lost in sums.items():
+            losses[name] = lost * ranks() / max(1, counts[name])
+            losses["loss"] = losses["loss"] + getattr(self.model.recipe, f"{name}_weight") * losses[name]
+        return losses
+
+    def backward(self, run: Callable, batch: StudyBatch, seed: int, share: float, quiet: Callable) -> dict[str, Tensor]:
+        found = self.model.reconstructed(batch)
+        counts = dict(zip(found, total(*found.values()), strict=True)) if found else {}
+        if not self.chunk:
+            losses = run(batch, seed, counts)
+            (share * losses["loss"]).backward()
+            return losses
+        parts = batch.parts(self.chunk)
+        with torch.no_grad():
+            seen = [self.model.train_on(part, seed, reconstruct=False)[0] for part in parts]
+        whole, leaves = _with_leaves(_joined(seen))
+        scales = self.model.objective.log_scales.detach().requires_grad_()
+        losses = self._aligned(lambda e: functional_call(self.model.objective, {"log_scales": scales}, e), whole)
+        losses["loss"].backward()
+        start = 0
+        for part, embeddings in zip(parts, seen, strict=True):
+            rows, last = slice(start, start + len(part)), part is parts[-1]
+            pulls = {name: _fitting(leaf.grad[rows], getattr(embeddings, name)) for name, leaf in leaves.items()}
+
+            def pull(e: Embeddings, pulls=pulls, last=last) -> Tensor:
+                pulled = sum((getattr(e, name) * grad).sum(dtype=scales.dtype) for name, grad in pulls.items())
+                learned = last and self.model.objective.log_scales.requires_grad
+                return pulled + (self.model.objective.log_scales * scales.grad).sum() if learned else pulled
+
+            with ExitStack() as stack:
+                if not last:
+                    stack.enter_context(quiet())
+                replayed = run(part, seed, counts, pull)
+                (share * replayed["loss"]).backward()
+            for name in found:
+                losses[name] = losses.get(name, 0) + replayed[name].detach()
+                weight = getattr(self.model.recipe, f"{name}_weight")
+                losses["loss"] = losses["loss"].detach() + weight * replayed[name].detach()
+            start = rows.stop
+        return losses
+
+    def _aligned(self, objective: Callable[[Embeddings], dict[str, Tensor]], e: Embeddings) -> dict[str, Tensor]:
+        paired = e.paired()
+        self._last = {"image": paired.image_global.detach(), "text": paired.text_global.detach()}
+        return objective(e)
+
+    def watch(self, step: int, steps: int) -> dict[str, float]:
+        if not (self.model.recipe.global_weight or self.model.recipe.local_weight):
             return {}
-        scores = retrieve(model, validation)
-        model.train()
-        return {f"{way}/{name}": score for way, found in scores.items() for name, score in found.items() if score}
+        everyone = gathered({kind: e.cpu() for kind, e in self._last.items()})
+        last = {kind: torch.cat([found[kind] for found in everyone]) for kind in self._last}
+        return self.alarm(last, watching=step > self.warmup * steps)
 
-    fit(
-        run, "align", model, parameter_groups(model), losses, make_loader,
-        epochs=recipe.epochs, warmup=recipe.warmup, measure=measure, progress=progress,
-    )  # fmt: skip
-    return alarm
+    def state(self) -> dict:
+        return self.alarm.state()
+
+    def load_state(self, state: dict) -> None:
+        self.alarm.load_state(state)
+
+
+_FLOATS = ("image_global", "image_local", "text_global", "text_local")
+
+
+def _joined(parts: list[Embeddings]) -> Embeddings:
+    """The studies of all parts, one after the other; local embeddings are padded to the most."""
+
+    def join(name: str) -> Tensor:
+        found = [getattr(part, name) for part in parts]
+        if name.endswith("global"):
+            return torch.cat(found)
+        longest = max(x.shape[1] for x in found)
+        grown = (x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:]) for x in found)
+        return torch.cat([torch.cat(pair, 1) for pair in zip(found, grown, strict=True)])
+
+    return Embeddings(**{f.name: join(f.name) for f in fields(Embeddings)})
+
+
+def _with_leaves(e: Embeddings) -> tuple[Embeddings, dict[str, Tensor]]:
+    leaves = {name: getattr(e, name).requires_grad_() for name in _FLOATS}
+    return Embeddings(**leaves, image_mask=e.image_mask, text_mask=e.text_mask), leaves
+
+
+def _fitting(grad: Tensor, like: Tensor) -> Tensor:
+    """Without the padding that joining has added."""
+    return grad if grad.ndim == 2 else grad[:, : like.shape[1]]
 
 
 def retrieve(model: ClinVLA, loader: StudyLoader) -> dict[str, dict[str, float | None]]:
-    """Retrieval among a loader's studies that have both a view and a report, both ways, on whole images."""
+    """Retrieval among a loader's studies that have both a view and a report, both ways and from image to image, on
+    whole images. Each process embeds its part; all get the scores.
+
+    Where the towers' widths differ and nothing aligns them, there are scores from image to image alone.
+    """
     model.eval()
-    images, texts, labels = [], [], []
+    mine = []
     with torch.inference_mode():
         for batch in loader:
-            batch = batch.to(model.device)
-            embeddings = model(batch)
-            paired = embeddings.image_mask.any(1) & embeddings.text_mask.any(1)
-            images.append(normalize(embeddings.image_global[paired], dim=-1))
-            texts.append(normalize(embeddings.text_global[paired], dim=-1))
-            labels += [found for found, keep in zip(batch.labels, paired.tolist(), strict=True) if keep]
-    image, text = torch.cat(images), torch.cat(texts)
-    return {
-        "text_to_image": retrieval_scores(text, image, labels),
-        "image_to_text": retrieval_scores(image, text, labels),
-    }
+            e = model(batch.to(model.device))
+            paired = e.image_mask.any(1) & e.text_mask.any(1)
+            image, text = (normalize(x, dim=-1).float().cpu() for x in (e.image_global, e.text_global))
+            mine += list(zip(image, text, batch.labels, paired.tolist(), strict=True))
+    everyone = gathered(mine)  # a study in turn from each
+    ordered = [share[i] for i in range(max(map(len, everyone))) for share in everyone if i < len(share)]
+    kept = [study for study in ordered if study[3]]
+    if not kept:
+        raise DataError("none of the studies to evaluate on has both a view and a report.")
+    image, text = (torch.stack([study[side] for study in kept]).to(model.device) for side in (0, 1))
+    labels = [study[2] for study in kept]
+    scores = {"image_to_image": retrieval_scores(image, image, labels, own=False)}
+    if image.shape == text.shape:
+        scores["text_to_image"] = retrieval_scores(text, image, labels)
+        scores["image_to_text"] = retrieval_scores(image, text, labels)
+    return scores
 
 
 def compile_tower_blocks(vision: VisionTower, text: TextTower) -> None:
@@ -271,18 +240,13 @@ def compile_tower_blocks(vision: VisionTower, text: TextTower) -> None:
     text.run_block = torch.compile(text_block, fullgraph=True, dynamic=True)
 
 
-def warm_up(model: ClinVLA, batch: StudyBatch) -> float:
+def warm_up(stage: Align, batch: StudyBatch) -> float:
     """Run a batch once as training and once as evaluation does, so that all is compiled: the seconds it took."""
     start = time.perf_counter()
-    model.train()
-    model.objective(model(batch, mask_seed=0))["loss"].backward()
-    model.zero_grad(set_to_none=True)
-    model.eval()
+    stage.train()
+    stage.backward(stage, batch, 0, 1.0, ExitStack)
+    stage.zero_grad(set_to_none=True)
+    stage.eval()
     with torch.inference_mode():
-        model(batch)
+        stage.model(batch)
     return time.perf_counter() - start
-
-
-def _step_seed(seed: int, step: int) -> int:
-    """A seed for what a step draws, so that a resumed run draws the same."""
-    return (seed << 32) + step

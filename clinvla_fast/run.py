@@ -1,26 +1,34 @@
 """A run directory: everything that `--resume`, evaluation and a reader need.
 
 config.json, adapters.safetensors    the model, as ClinVLA.from_pretrained reads it
+README.md                            the model card: data, sizes, scores, versions
 towers/                              the towers, where they were made here
 run.json                             the resolved settings of the job and the data's manifest hash
 metrics.jsonl, tensorboard/          one line a measurement
-state.pt                             where training stands; gone when it is done
+checkpoints/                         where training stands, the last two; gone when it is done
+skipped.jsonl                        batches whose loss or gradient was not finite, by the ids of their studies
 summary.json, curves.png             the result
 """
 
+import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from .errors import DataError
+from .model_card import model_card
+
+_KEPT = 2  # checkpoints: the last, and the one before should the last be damaged
 
 
 @contextmanager
@@ -42,35 +50,57 @@ def write_json(path: Path, value: dict) -> None:
 class Run:
     """The run directory at `path`, which exists.
 
-    Metrics measured after the last saved state are forgotten when a run is opened: they will be measured again.
+    Metrics measured after the last checkpoint are forgotten when a run is opened: they will be measured again.
+
+    Args:
+        write: False in all processes but the first: they read, and write nothing.
+
+    Attributes:
+        about: tables for the model card, by their titles, which each checkpoint writes anew.
+        state: the last checkpoint, or None.
+        damaged: checkpoints that were passed over, as their content is not what was written.
+
+    Raises:
+        DataError: if there are checkpoints and all are damaged.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, write: bool = True):
         self.path = Path(path)
-        self._metrics = self.path / "metrics.jsonl"
-        self._state = self.path / "state.pt"
-        self.state = self._read_state()
+        self._write = write
+        self._metrics, self._checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
+        self.about: dict[str, dict] = {}
+        self.damaged: list[Path] = []
+        self._saved = 0
+        self.state = self._read_checkpoint()
         lines = self.read_metrics()
         known = self.state["metrics"] if self.state else 0
-        if len(lines) > known:
+        if write and len(lines) > known:
             with replacing(self._metrics) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines[:known]))
         self._lines = min(known, len(lines))
         self._opened, self._seconds_before = time.monotonic(), self.state["seconds"] if self.state else 0.0
-        self._board = SummaryWriter(str(self.path / "tensorboard"))
+        steps = {"purge_step": self.state["step"] + 1} if self.state else {}
+        self._board = SummaryWriter(str(self.path / "tensorboard"), **steps) if write else None
 
     @property
     def seconds(self) -> float:
-        """Time spent on this run since it was opened, and before its last saved state."""
+        """Time spent on this run since it was opened, and before its last checkpoint."""
         return self._seconds_before + time.monotonic() - self._opened
 
     def log(self, stage: str, step: int, **values: float) -> None:
         """Append one line of measurements, and put them on TensorBoard."""
+        if not self._write:
+            return
         with self._metrics.open("a") as f:
             f.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         self._lines += 1
-        for name, value in values.items():
-            self._board.add_scalar(f"{stage}/{name}", value, step)
+        self.show(stage, step, **values)
+
+    def show(self, stage: str, step: int, **values: float) -> None:
+        """Put on TensorBoard alone what is not the same in every run of the same settings, as speeds are."""
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{stage}/{name}", value, step)
 
     def read_metrics(self) -> list[dict]:
         """All lines written so far; one cut off by a crash is left out."""
@@ -83,27 +113,90 @@ class Run:
                     break
         return lines
 
+    def note_skipped(self, stage: str, step: int, ids: list[str]) -> Path:
+        """Write down the studies of a batch that was skipped; the file's path."""
+        path = self.path / "skipped.jsonl"
+        if self._write:
+            with path.open("a") as f:
+                f.write(json.dumps({"stage": stage, "step": step, "ids": ids}) + "\n")
+        return path
+
     def save_state(self, stage: str, step: int, **parts) -> None:
-        """Put down where training stands, in place of what was put down before."""
+        """Write a checkpoint beside the last one, its hash in its name; older ones go."""
+        if not self._write:
+            return
         self.state = {"stage": stage, "step": step, "metrics": self._lines, "seconds": self.seconds, **parts}
         buffer = io.BytesIO()  # so that a full disk is an OSError that says so, not torch's own
         torch.save(self.state, buffer)
-        with replacing(self._state) as partial:
-            partial.write_bytes(buffer.getbuffer())
+        content = buffer.getbuffer()
+        self._checkpoints.mkdir(exist_ok=True)
+        self._saved += 1
+        name = f"{self._saved:06d}.{stage}-{step:08d}.{hashlib.sha256(content).hexdigest()}.pt"
+        with replacing(self._checkpoints / name) as partial, partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        for old in self._found()[_KEPT:]:
+            old.unlink()
+        self.write_card(f"In training: stage {stage}, step {step:,}.")
+
+    def write_card(self, step: str, scores: dict | None = None) -> None:
+        """Write the model card: where training stands, in words, and scores; by default the last that were logged."""
+        if not self._write:
+            return
+        if scores is None:
+            scored = [line for line in self.read_metrics() if any("/" in name for name in line)]
+            scores = {name: value for name, value in scored[-1].items() if "/" in name} if scored else {}
+        with replacing(self.path / "README.md") as partial:
+            partial.write_text(model_card(self.about, step, scores))
 
     def clear_state(self) -> None:
         self.state = None
-        self._state.unlink(missing_ok=True)
+        if self._write:
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
 
-    def _read_state(self) -> dict | None:
-        if not self._state.is_file():
-            return None
-        try:
-            return torch.load(self._state, weights_only=True)
-        except Exception as error:  # a damaged file makes torch and pickle raise anything
+    def _found(self) -> list[Path]:
+        """Checkpoints, the newest first."""
+        return sorted(self._checkpoints.glob("[0-9]*.pt"), reverse=True)
+
+    def _read_checkpoint(self) -> dict | None:
+        found = self._found()
+        for path in found:
+            self._saved = max(self._saved, int(path.name.partition(".")[0]))
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == path.name.split(".")[-2]:
+                return torch.load(io.BytesIO(content), weights_only=True)
+            self.damaged.append(path)
+        if found:
+            names = ", ".join(path.name.partition(".")[0] for path in found)
             raise DataError(
-                f"{self._state} is damaged ({type(error).__name__}): remove it to start this stage again."
-            ) from None
+                f"{self._checkpoints}: all checkpoints are damaged ({names}: their content is not what was written). "
+                "Remove them to start this stage again."
+            )
+        return None
 
     def close(self) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def random_states() -> dict:
+    """The state of every generator of random numbers that this process has."""
+    numpy = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (numpy[0], torch.from_numpy(numpy[1].copy()), *numpy[2:]),
+    }
+
+
+def set_random_states(states: dict) -> None:
+    """The opposite of `random_states`. On another number of GPUs theirs stay as they are."""
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    version, inner, gauss = states["python"]
+    random.setstate((version, tuple(inner), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))

@@ -21,6 +21,7 @@ class StudyBatch:
     lengths: int64 [B], on the CPU: the number of tokens of each report, CLS and SEP included.
     labels: the findings of each study, the primary one first.
     ids: the study identifiers.
+    row: the first study's row in the whole batch, of which several processes, or steps, each have a part.
     """
 
     images: Tensor
@@ -29,6 +30,7 @@ class StudyBatch:
     lengths: Tensor
     labels: tuple[tuple[str, ...], ...] = ()
     ids: tuple[str, ...] = ()
+    row: int = 0
 
     def __len__(self) -> int:
         return len(self.present)
@@ -36,6 +38,17 @@ class StudyBatch:
     def to(self, device) -> StudyBatch:
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "present", "tokens")}
         return replace(self, **moved)
+
+    def parts(self, size: int) -> list[StudyBatch]:
+        """The batch in parts of `size` studies, the last one perhaps of fewer."""
+        ends = [0, *self.lengths.cumsum(0).tolist()]
+        found = []
+        for start in range(0, len(self), size):
+            rows = slice(start, min(start + size, len(self)))
+            cut = {name: getattr(self, name)[rows] for name in ("images", "present", "lengths", "labels", "ids")}
+            tokens = self.tokens[ends[rows.start] : ends[rows.stop]]
+            found.append(replace(self, **cut, tokens=tokens, row=self.row + start))
+        return found
 
 
 @dataclass(frozen=True)

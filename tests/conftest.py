@@ -78,7 +78,7 @@ def tiny_model(tiny_towers: dict[str, Path]) -> ClinVLA:
     return ClinVLA(**tiny_towers, recipe=Recipe(width=24, bottleneck=20))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_batch() -> Callable[..., StudyBatch]:
     """Studies with random pixels and words: their views present (a row of flags each) and report lengths."""
 
@@ -99,6 +99,17 @@ def make_batch() -> Callable[..., StudyBatch]:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small finished run of the main job, as tests/training/test_pretrain.py repeats it."""
     out = tmp_path_factory.mktemp("run") / "first"
-    sizes = ["--patients", "70", "--epochs", "3", "--tower-epochs", "1", "--batch-size", "16"]
+    sizes = [
+        "--patients",
+        "70",
+        "--epochs",
+        "3",
+        "--towers.epochs",
+        "1",
+        "--batch-size",
+        "16",
+        "--towers.batch-size",
+        "16",
+    ]
     pretrain([*sizes, "--device", "cpu", "--out", str(out)])
     return out

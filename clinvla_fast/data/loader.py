@@ -28,6 +28,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from ..distributed import part
 from ..errors import DataError
 from ..study import VIEWS, StudyBatch
 from .cache import CacheName, PixelCache, choose_cache
@@ -229,7 +230,7 @@ class StudyLoader:
     Args:
         root: a folder written by training.prepare.
         split: "train", "validate" or "test".
-        batch_size: studies a batch; of one process, where there are several.
+        batch_size: studies a batch: in training of all processes together, else of one.
         device: "cpu", or "gpu" to decode and augment there.
         threads: of DALI.
         checkpoint: what `checkpoint` returned.
@@ -238,8 +239,9 @@ class StudyLoader:
             of GPU memory (with device "gpu"), host memory and disk of which they take at most half of what is free;
             "off" where there is none, and in evaluation, which mostly reads a split once.
         cache_folder: where the file of a cache on disk is; by default where temporary files go.
-        rank, ranks: this process's number among those that share the epochs: it takes every `ranks`-th study of the
-            epoch's order. A cache is a process's own, and will come to hold all studies.
+        rank, ranks: this process's number among those that share the work. In training each takes its part of every
+            batch, as even as can be, so that the batches are those of one process; else every `ranks`-th study.
+            A cache is a process's own, and will come to hold all studies.
 
     Raises:
         DataError: if the data set or the split cannot be read, has fewer studies than one training batch, or the cache
@@ -271,9 +273,10 @@ class StudyLoader:
         self._shards: dict[int, _Shard] = {}
         *starts, self.studies = accumulate((shard["studies"] for shard in self._known), initial=0)
         self._starts = starts
-        if train and self.studies < batch_size * ranks:
-            expected = f"one batch of {batch_size}" + (f" for each of {ranks} processes" if ranks > 1 else "")
-            raise DataError(f"{root} has {self.studies} training studies: expected at least {expected}.")
+        if train and self.studies < batch_size:
+            raise DataError(f"{root} has {self.studies} training studies: expected at least one batch of {batch_size}.")
+        if train and batch_size < ranks:
+            raise DataError(f"a batch of {batch_size} studies for {ranks} processes: expected at least one for each.")
         self.tokenizer, self.max_tokens, self.batch_size, self.train = tokenizer, max_tokens, batch_size, train
         self._gpu, self._threads, self._seed = device == "gpu", threads, seed
         self._size, self._rank, self._ranks = image_size, rank, ranks
@@ -290,19 +293,19 @@ class StudyLoader:
         if checkpoint:
             try:
                 self._epoch, done, studies = json.loads(checkpoint)
-                self._batch, rest = divmod(done, batch_size * ranks)
+                self._batch, rest = divmod(done, self._step)
             except (ValueError, TypeError):
                 raise DataError("the loader's checkpoint is of another version: start this stage again.") from None
             if rest or studies != self.studies:
                 raise DataError(
                     f"the loader's checkpoint is of another batch size, number of processes or data: after {done} of "
-                    f"{studies} studies, and here are batches of {batch_size * ranks} of {self.studies}."
+                    f"{studies} studies, and here are batches of {self._step} of {self.studies}."
                 )
 
     def __len__(self) -> int:
         """Batches an epoch, of this process."""
         if self.train:
-            return self.studies // (self.batch_size * self._ranks)
+            return self.studies // self.batch_size
         return math.ceil(len(range(self._rank, self.studies, self._ranks)) / self.batch_size)
 
     def __iter__(self) -> Iterator[StudyBatch]:
@@ -313,8 +316,10 @@ class StudyLoader:
             random = np.random.default_rng([self._seed % 2**64, self._epoch])
             order = random.permutation(self.studies)
             draws = random.random((self.studies, len(VIEWS) // 2, _DRAWS), np.float32)
-        order = order[self._rank :: self._ranks]
-        batches = (order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(self._batch, len(self)))
+        own = self._own
+        if not self.train:
+            order, own = order[self._rank :: self._ranks], slice(None)
+        batches = (order[i * self.batch_size : (i + 1) * self.batch_size][own] for i in range(self._batch, len(self)))
         decoded = self._decoded(map(self._read, batches))
         for (job, _), images in self._sizer.ahead(decoded, lambda made: self._inputs(*made, draws)):
             self._batch += 1
@@ -323,7 +328,17 @@ class StudyLoader:
 
     def checkpoint(self) -> str:
         """Where the loader stands, for `checkpoint=`: the batches that follow, and their augmentation, are the same."""
-        return json.dumps([self._epoch, self._batch * self.batch_size * self._ranks, self.studies])
+        return json.dumps([self._epoch, self._batch * self._step, self.studies])
+
+    @property
+    def _step(self) -> int:
+        """Studies a batch, of all processes."""
+        return self.batch_size if self.train else self.batch_size * self._ranks
+
+    @property
+    def _own(self) -> slice:
+        """This process's part of a training batch."""
+        return part(self.batch_size, self._ranks, self._rank)
 
     def _open(self) -> None:
         """What needs the shards: once, as the first epoch begins."""
@@ -457,6 +472,7 @@ class StudyLoader:
             lengths=torch.tensor([len(text.tokens) for text in job.texts]),
             labels=tuple(text.labels for text in job.texts),
             ids=tuple(text.study_id for text in job.texts),
+            row=self._own.start if self.train else 0,
         )
 
     def _unreadable(self, reason: str) -> DataError:

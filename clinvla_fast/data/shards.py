@@ -24,7 +24,6 @@ from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.context import ForkContext
 from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
 from multiprocessing.synchronize import Event
@@ -38,6 +37,7 @@ from wds2idx import IndexCreator
 
 from ..errors import DataError
 from ..study import VIEWS
+from ..versions import versions
 from .workers import obey_parent
 
 SPLITS = ("train", "validate", "test")
@@ -146,7 +146,7 @@ def write_shards(
         for split, of in items.items()
         for number, start in enumerate(range(0, len(of), size))
     ]
-    about = {"format": _FORMAT, "source": source, "settings": settings, "versions": _versions()}
+    about = {"format": _FORMAT, "source": source, "settings": settings, "versions": versions(_MAKERS)}
     about["job_sha256"] = _identity(about, jobs, left_out, image_format)
     if (out / "manifest.json").is_file() and read_manifest(out).get("job_sha256") == about["job_sha256"]:
         shutil.rmtree(out / ".partial", ignore_errors=True)
@@ -201,15 +201,6 @@ def _identity(about: dict, jobs: list[_Job], left_out: Sequence[LeftOut], image_
         for item in job.items:
             digest.update(repr(item).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    """Of what decides the bytes of a shard, as far as it is installed."""
-    found = {}
-    for name in _MAKERS:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 @contextmanager

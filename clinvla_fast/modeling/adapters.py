@@ -49,27 +49,45 @@ class InvertibleAdapter(nn.Module):
 
 
 class TransformerAdapt(nn.Module):
-    """The adapters of one block: none when new, those of a recipe after `add` (ClinVLA, section 3.2)."""
+    """The adapters of one block: none when new, those of a recipe after `add`.
+
+    language, task: ClinVLA's, stacked behind the feed-forward network (section 3.2).
+    attention, mlp: ALTA's, on the output of the attention and, at half strength, beside the feed-forward network.
+    """
 
     def __init__(self, width: int):
         super().__init__()
         self.width = width
         self.language: Bottleneck | None = None
         self.task: Bottleneck | None = None
+        self.attention: Bottleneck | None = None
+        self.mlp: Bottleneck | None = None
 
     def add(self, recipe: Recipe) -> None:
         """New adapters, as a recipe has them."""
-        if "language" in recipe.adapters:
-            self.language = Bottleneck(self.width, recipe.bottleneck)
-        if "task" in recipe.adapters:
-            self.task = Bottleneck(self.width, recipe.bottleneck)
+        for name in ("language", "task", "attention", "mlp"):
+            if name in recipe.adapters:
+                setattr(self, name, Bottleneck(self.width, recipe.bottleneck))
 
-    def forward(self, ffn: Tensor, residual: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+    def attend(self, out: Tensor, residual: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """The stream behind the attention: norm(out + residual), and ALTA's adapter of `out` where there is no norm, of
+        the normalised stream where there is one."""
+        normed = (norm.weight, norm.bias, norm.eps) if norm is not None else ()
+        if self.attention is None:
+            return out + residual if norm is None else norm(out + residual)
+        where = {"source": out} if norm is None else {"after_norm": True}
+        parts = self.attention.parts(out.dtype)
+        return ops.transformer_adapt(out, residual, None, parts, *normed, activation="gelu", **where)
+
+    def forward(self, ffn: Tensor, residual: Tensor, source: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """The end of the block. `source` is what its feed-forward network has read, which ALTA's adapter reads too."""
+        normed = (norm.weight, norm.bias, norm.eps) if norm is not None else ()
+        if self.mlp is not None:
+            parts, alta = self.mlp.parts(ffn.dtype), {"activation": "gelu", "scaling": 0.5, "source": source}
+            return ops.transformer_adapt(ffn, residual, None, parts, *normed, after_norm=norm is not None, **alta)
         language = self.language and self.language.parts(ffn.dtype)
         task = self.task and self.task.parts(ffn.dtype)
-        if norm is None:
-            return ops.transformer_adapt(ffn, residual, language, task)
-        return ops.transformer_adapt(ffn, residual, language, task, norm.weight, norm.bias, norm.eps)
+        return ops.transformer_adapt(ffn, residual, language, task, *normed)
 
 
 def add_adapters(adapts: nn.ModuleList, recipe: Recipe, width: int) -> InvertibleAdapter | None:
@@ -78,12 +96,14 @@ def add_adapters(adapts: nn.ModuleList, recipe: Recipe, width: int) -> Invertibl
     Adapters that start higher up leave the embeddings alone: the backward pass ends at the first adapter.
 
     Raises:
-        ValueError: if the recipe names a block that the tower has not.
+        ValueError: if the recipe names a block that the tower has not, or adapters that take one place.
     """
     blocks = range(len(adapts)) if recipe.adapter_blocks is None else recipe.adapter_blocks
     if not blocks or not set(blocks) <= set(range(len(adapts))):
         found = ", ".join(map(str, blocks)) or "none"
         raise ValueError(f"adapter blocks are {found}: expected some of 0 to {len(adapts) - 1}, which the tower has.")
+    if "mlp" in recipe.adapters and {"language", "task"} & set(recipe.adapters):
+        raise ValueError(f"adapters are {', '.join(recipe.adapters)}: mlp takes the place of language and task.")
     for block in blocks:
         adapts[block].add(recipe)
     whole = min(blocks) == 0 and "invertible" in recipe.adapters

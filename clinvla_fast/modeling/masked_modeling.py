@@ -7,6 +7,7 @@ helps with every masked word. Where a tower has an invertible adapter, the heads
 (ClinVLA, section 3.1.1): they live in the space that the tower was trained in.
 """
 
+import numpy as np
 import torch
 from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
@@ -20,11 +21,11 @@ from .vision import VisionTower
 
 
 class ImageDecoder(nn.Module):
-    """Predicts every patch's normalised pixels from the kept patches' tokens."""
+    """Predicts every patch's normalised pixels from the kept patches' tokens; `inner` is its own width."""
 
-    def __init__(self, width: int, patches: int, pixels: int, depth: int = 1, heads: int = 4):
+    def __init__(self, width: int, patches: int, pixels: int, depth: int, inner: int):
         super().__init__()
-        inner = width // 2
+        heads = max(4, inner // 64)
         self.embed = nn.Linear(width, inner)
         self.mask_token = nn.Parameter(torch.zeros(inner))
         self.position = nn.Parameter(torch.zeros(patches, inner))
@@ -36,7 +37,7 @@ class ImageDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, kept: Tensor) -> Tensor:
         """[n, 1 + k, width] and the kept patches [n, k] to [n, N, pixels]."""
-        x = self.embed(tokens)
+        x = self.embed(tokens.to(self.embed.weight.dtype))
         grid = (self.mask_token + x[:, :1]).expand(-1, len(self.position), -1)
         grid = grid.scatter(1, kept[..., None].expand(-1, -1, x.shape[-1]), x[:, 1:])
         return self.predict(self.norm(self.blocks(grid + self.position)))
@@ -54,13 +55,29 @@ class WordHead(nn.Module):
         return self.transform(x) @ words.mT + self.bias
 
 
+def patch_errors(predicted: Tensor, views: Tensor, kept: Tensor, patch: int) -> Tensor:
+    """Mean squared errors of masked patches, their pixels normalised a patch: the sum over patches.
+
+    Args:
+        predicted: [n, N, patch^2].
+        views: [n, H, W], gray levels.
+        kept: int64 [n, k], k < N.
+    """
+    target = to_patches(views.to(predicted.dtype), patch).flatten(-2).flatten(1, 2)
+    # + 100: the film's noise, a few gray levels, is not worth predicting
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 100).sqrt()
+    errors = (predicted - target).square().mean(-1)
+    masked = torch.ones_like(errors).scatter(1, kept, 0.0)
+    return (errors * masked).sum()
+
+
 class MaskedModeling(nn.Module):
     """Both towers with their heads."""
 
     def __init__(self, vision: VisionTower, text: TextTower, mask_token: int):
         super().__init__()
         self.vision, self.text, self.mask_token = vision, text, mask_token
-        self.decoder = ImageDecoder(vision.width, vision.patches, vision.patch_size**2)
+        self.decoder = ImageDecoder(vision.width, vision.patches, vision.patch_size**2, 1, vision.width // 2)
         self.thumbnail = nn.Linear(vision.width, 4 * vision.patches)  # two by two pixels a patch
         self.words = WordHead(text.width, text.word_embeddings.num_embeddings)
 
@@ -75,12 +92,8 @@ class MaskedModeling(nn.Module):
         views, patch = images[present].float(), self.vision.patch_size
         small = avg_pool2d(views, patch // 2).flatten(1)
         thumbnail = (self.thumbnail(tokens[:, 0]) - (small - 128) / 64).square().mean()
-        target = to_patches(views, patch).flatten(-2).flatten(1, 2)
-        # + 100: the film's noise, a few gray levels, is not worth predicting
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 100).sqrt()
-        error = (self.decoder(tokens, kept) - target).square().mean(-1)
-        masked = torch.ones_like(error).scatter(1, kept, 0.0)
-        return (error * masked).sum() / masked.sum() + thumbnail
+        masked = len(kept) * (self.vision.patches - kept.shape[1])
+        return patch_errors(self.decoder(tokens, kept), views, kept, patch) / masked + thumbnail
 
     def word_loss(self, tokens: Tensor, packing: Packing, masked: Tensor) -> Tensor:
         """Cross-entropy of the words at `masked`, int64 [m], indices into the packed tokens [total]."""
@@ -91,14 +104,27 @@ class MaskedModeling(nn.Module):
         return cross_entropy(self.words(hidden, self.text.word_embeddings.weight), tokens[masked])
 
 
-def draw_masked_words(packing: Packing, share: float, seed: int) -> Tensor:
-    """Indices of about `share` of the packed tokens, never a report's first or last; at least one."""
-    total = len(packing.slot)
-    generator = torch.Generator().manual_seed(seed)
-    inner = torch.ones(total, dtype=torch.bool)
-    first = packing.first.cpu()
-    inner[first] = False
-    inner[first - 1] = False
-    candidates = inner.nonzero().squeeze(1)
-    order = torch.randperm(len(candidates), generator=generator)
-    return candidates[order[: max(1, round(share * len(candidates)))]].sort().values.to(packing.slot.device)
+def masked_words(length: int, share: float) -> int:
+    """How many words of a report of so many tokens are masked: at least one, where it has any."""
+    return max(1, round(share * (length - 2))) if length > 2 else 0
+
+
+def draw_masked_words(lengths: Tensor, share: float, seed: int, row: int = 0) -> Tensor:
+    """Which packed tokens are masked: `masked_words` of each report, never its first or last.
+
+    They depend on the seed and the report's row in the whole batch alone, not on how the batch is cut.
+
+    Args:
+        lengths: int64 [B], on the CPU.
+        row: of the first report.
+
+    Returns:
+        int64 [m], ascending indices into the packed tokens, on the CPU.
+    """
+    masked, start = [], 0
+    for number, length in enumerate(lengths.tolist()):
+        if length > 2:
+            order = np.random.default_rng([seed % 2**64, row + number]).permutation(length - 2)
+            masked.append(start + 1 + np.sort(order[: masked_words(length, share)]))
+        start += length
+    return torch.from_numpy(np.concatenate(masked)) if masked else torch.empty(0, dtype=torch.int64)

@@ -10,11 +10,11 @@ from .packing import Packing
 
 
 def text_block(layer: nn.Module, adapt: TransformerAdapt, x: Tensor, packing: Packing) -> Tensor:
-    """A post-norm BERT layer, its feed-forward end adapted: packed tokens [total, H] to the same."""
+    """A post-norm BERT layer, adapted: packed tokens [total, H] to the same."""
     own, output = layer.attention.self, layer.attention.output
     q, k, v = (p(x).unflatten(-1, (own.num_attention_heads, -1)) for p in (own.query, own.key, own.value))
-    x = output.LayerNorm(output.dense(attention(q, k, v, packing).flatten(1)) + x)
-    return adapt(layer.output.dense(layer.intermediate(x)), x, layer.output.LayerNorm)
+    x = adapt.attend(output.dense(attention(q, k, v, packing).flatten(1)), x, output.LayerNorm)
+    return adapt(layer.output.dense(layer.intermediate(x)), x, x, layer.output.LayerNorm)
 
 
 class TextTower(nn.Module):
@@ -52,12 +52,13 @@ class TextTower(nn.Module):
         words = e.word_embeddings(tokens) + e.token_type_embeddings.weight[0]
         return e.LayerNorm(words + e.position_embeddings(packing.column))
 
-    def forward(self, tokens: Tensor, packing: Packing) -> Tensor:
+    def forward(self, tokens: Tensor, packing: Packing, added: Tensor | None = None) -> Tensor:
         """Hidden states of packed tokens.
 
         Args:
             tokens: int64 [total].
             packing: of the reports' lengths.
+            added: [B, width], to the embeddings of every word of a report.
 
         Returns:
             [total, width].
@@ -68,6 +69,8 @@ class TextTower(nn.Module):
         if packing.mask.shape[1] > self.max_tokens:
             raise ValueError(f"a report has {packing.mask.shape[1]} tokens: this BERT reads {self.max_tokens} at most.")
         x = self.embed(tokens, packing)
+        if added is not None:
+            x = x + added[packing.row].to(x.dtype)
         if self.invertible is not None:
             x = self.invertible(x)
         for layer, adapt in zip(self.bert.encoder.layer, self.adapts, strict=True):

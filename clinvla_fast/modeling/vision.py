@@ -11,10 +11,11 @@ from .adapters import InvertibleAdapter, TransformerAdapt, add_adapters
 
 
 def vision_block(block: nn.Module, adapt: TransformerAdapt, x: Tensor) -> Tensor:
-    """A pre-norm timm block, its feed-forward end adapted: tokens [n, 1 + k, H] to the same."""
-    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-    ffn = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    return adapt(ffn, x)
+    """A pre-norm timm block, adapted: tokens [n, 1 + k, H] to the same."""
+    x = adapt.attend(block.drop_path1(block.ls1(block.attn(block.norm1(x)))), x)
+    source = block.norm2(x)
+    ffn = block.drop_path2(block.ls2(block.mlp(source)))
+    return adapt(ffn, x, source)
 
 
 class VisionTower(nn.Module):

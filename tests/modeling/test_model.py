@@ -11,7 +11,8 @@ from PIL import Image
 from clinvla_fast import ClinVLA, DataError, Recipe
 from clinvla_fast.modeling.model import parameter_groups
 from clinvla_fast.modeling.packing import Packing
-from clinvla_fast.pretraining import compile_tower_blocks, warm_up
+from clinvla_fast.pretraining import Align, compile_tower_blocks, warm_up
+from clinvla_fast.recipe import Optimization
 from clinvla_fast.twins import restore
 
 REPORTS = (
@@ -64,7 +65,7 @@ def test_a_step_moves_everything_but_the_towers(tiny_model, make_batch, shake):
     shake(tiny_model)  # new adapters hide their down-projections from the gradient
     before = {name: p.detach().clone() for name, p in tiny_model.named_parameters()}
     tiny_model.train()
-    optimizer = torch.optim.AdamW(parameter_groups(tiny_model))
+    optimizer = torch.optim.AdamW(parameter_groups(tiny_model, Optimization()))
     batch = make_batch([[1, 0, 1, 0], [1, 1, 0, 0], [0, 1, 0, 1]], [9, 12, 5])
     tiny_model.objective(tiny_model(batch, mask_seed=0))["loss"].backward()
     optimizer.step()
@@ -82,13 +83,14 @@ def test_frozen_towers_stay_in_evaluation_mode(tiny_model):
 
 @pytest.mark.parametrize("adapters", [("invertible", "language", "task"), ("task",), ()])
 def test_parameter_groups_cover_every_trainable_once(tiny_towers, adapters):
-    model = ClinVLA(**tiny_towers, recipe=Recipe(adapters=adapters, language_lr=1e-5, task_lr=3e-4, weight_decay=0.02))
-    rate = {id(p): group["lr"] for group in parameter_groups(model) for p in group["params"]}
-    assert sum(len(group["params"]) for group in parameter_groups(model)) == len(rate) == len(model.trainable())
+    model = ClinVLA(**tiny_towers, recipe=Recipe(adapters=adapters))
+    groups = parameter_groups(model, Optimization(language_lr=1e-5, task_lr=3e-4, weight_decay=0.02))
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(rate) == len(model.trainable())
     for name, p in model.trainable().items():
         of_language = ".language." in name or ".invertible." in name
         assert rate[id(p)] == (1e-5 if of_language else 3e-4), name
-    assert all(group["weight_decay"] == 0.02 for group in parameter_groups(model))
+    assert all(group["weight_decay"] == 0.02 for group in groups)
 
 
 # Files
@@ -381,7 +383,7 @@ def test_nothing_is_compiled_anew_over_an_epoch(tiny_model, make_batch, shake):
     shake(tiny_model)
     torch._dynamo.reset()
     compile_tower_blocks(tiny_model.vision, tiny_model.text)
-    warm_up(tiny_model, batch(12))
+    warm_up(Align(tiny_model, Optimization(), 0, print), batch(12))
     with torch._dynamo.config.patch(error_on_recompile=True):
         tiny_model.train()
         for step in range(24):

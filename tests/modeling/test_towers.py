@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import re
 import tarfile
 from pathlib import Path
@@ -8,7 +9,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 from torch.nn.functional import layer_norm
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from clinvla_fast import Recipe, ops
 from clinvla_fast.data.tokenizer import tokenize_reports
@@ -351,6 +352,32 @@ def test_a_saved_text_tower(tmp_path, tokenizer):
     assert torch.equal(tokens, tokenize_reports(tokenizer, ["The lungs are clear.", "Large effusion."], 32)[0])
     packing = Packing.of(lengths, "cpu")
     _close(loaded.eval()(tokens, packing), tower(tokens, packing))
+    assert loaded.key_report is None  # transformers has loaded it
+
+
+@torch.no_grad()
+def test_a_folder_of_cxr_bert_needs_no_code_of_its_own(tmp_path, tokenizer):
+    """Its config and tokenizer name classes that only its own code has; both are a BERT's."""
+    bert = BertForMaskedLM(BertConfig(**TINY_BERT | {"vocab_size": len(tokenizer)}))
+    bert.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "cxr-bert", "auto_map": {"AutoConfig": "configuration_cxrbert.CXRBertConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pieces = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CXRBertTokenizer", "do_lower_case": true}')
+    tower, loaded = load_text(str(tmp_path))
+    report = "The lungs are clear."
+    tokens = torch.tensor([loaded(report).input_ids])
+    assert tokens.tolist() == [tokenizer(report).input_ids]
+    _close(tower.bert.eval()(tokens).last_hidden_state, bert.bert.eval()(tokens).last_hidden_state)
+
+
+def test_a_folder_of_another_model(tmp_path):
+    for model_type in ("roberta", None):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type} if model_type else {}))
+        with pytest.raises(TowerUnavailable, match=f"is a {model_type or 'model of no type'}: expected a bert"):
+            load_text(str(tmp_path))
 
 
 # Packing

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from clinvla_fast import ClinVLA
-from clinvla_fast.pretraining import _interrupts, interruptible
+from clinvla_fast.interrupts import interrupts, interruptible
 from training.pretrain import main
 
-SMALL = ["--epochs", "3", "--tower-epochs", "1", "--batch-size", "16", "--device", "cpu"]
+SMALL = ["--epochs", "3", "--towers.epochs", "1", "--batch-size", "16", "--towers.batch-size", "16", "--device", "cpu"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -108,9 +108,9 @@ def test_an_interrupt_swallowed_between_stages_stops_the_next():
     with interruptible():
         with suppress(KeyboardInterrupt):  # as a library's bare `except:` does
             signal.raise_signal(signal.SIGINT)
-        with _interrupts() as interrupted:
+        with interrupts() as interrupted:
             assert interrupted()
-    with interruptible(), _interrupts() as interrupted:
+    with interruptible(), interrupts() as interrupted:
         assert not interrupted()
         signal.raise_signal(signal.SIGTERM)
         assert interrupted()

@@ -51,7 +51,18 @@ def test_from_a_table_to_a_model(tmp_path):
     assert counts["kept"] + sum(counts["dropped"].values()) == 30
     assert set(counts["dropped"]) == {"file is missing"} and counts["splits"]["test"] == 6
 
-    sizes = ["--batch-size", "8", "--epochs", "1", "--tower-epochs", "1", "--device", "cpu"]
+    sizes = [
+        "--batch-size",
+        "8",
+        "--epochs",
+        "1",
+        "--towers.epochs",
+        "1",
+        "--towers.batch-size",
+        "8",
+        "--device",
+        "cpu",
+    ]
     pretrain([*sizes, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
     retrieval = json.loads((tmp_path / "run" / "summary.json").read_text())["retrieval"]
     assert retrieval["text_to_image"]["recall@10_chance"] == 1  # 6 held-out studies
