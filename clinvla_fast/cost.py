@@ -1,11 +1,17 @@
 """What a model costs, counted: parameters, and floating-point operations at 2 a multiply-add."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .data.features import FeatureBatch, encode_features
+from .modeling.adaptor import Adaptor
+from .modeling.encoders import ImageEncoder, TextEncoder
 from .modeling.model import ClinVLA
-from .study import StudyBatch
+from .study import VIEWS, StudyBatch
 
 
 def parameters(model: ClinVLA) -> dict[str, int]:
@@ -40,6 +46,20 @@ def step_flops(model: ClinVLA, views: int, tokens: int) -> int:
     return counter.get_total_flops()
 
 
+def training_flops(model: ClinVLA) -> Callable[[StudyBatch], Tensor]:
+    """What training on a batch costs, by its present views and words: counted on three studies, between which it is a
+    plane but for the square of a report's length in its attention."""
+    one, two, longer = (step_flops(model, *study) for study in ((1, 32), (2, 32), (2, 64)))
+    view, token = two - one, (longer - two) / 32
+    seen = torch.tensor([view in model.recipe.views for view in VIEWS])
+
+    def flops(batch: StudyBatch) -> Tensor:
+        views = (batch.present & seen[: batch.present.shape[1]].to(batch.present.device)).sum()
+        return (one - view - 32 * token) * len(batch) + view * views + token * batch.lengths.sum().item()
+
+    return flops
+
+
 def bytes_sent(model: ClinVLA, batch_size: int, ranks: int, tokens: int | None = None) -> int:
     """Bytes that each of several processes sends in a training step, its collectives in rings.
 
@@ -60,6 +80,36 @@ def bytes_sent(model: ClinVLA, batch_size: int, ranks: int, tokens: int | None =
         words = others * own * (tokens or model.max_tokens) * (2 * recipe.width * element + 1)
         words += 2 * 2 * others / ranks * 4 * batch_size
     return round(gradients + whole + words)
+
+
+def adaptor_cost(
+    adaptor: Adaptor, image: ImageEncoder, text: TextEncoder, batch: FeatureBatch, ranks: int, batch_size: int
+) -> dict:
+    """Sizes and costs of an Adaptor on its towers, by the names that summary.json has.
+
+    Args:
+        batch: any one of features; the cost of a training step, a study, is its own.
+    """
+    towers = sum(x.numel() for part in (image, text) for x in part.model.state_dict().values())
+    trained = sum(p.numel() for p in adaptor.parameters())
+    study = StudyBatch(
+        images=torch.zeros(1, 2, image.image_size, image.image_size, dtype=torch.uint8, device=image.device),
+        present=torch.ones(1, 2, dtype=torch.bool, device=image.device),
+        tokens=torch.full((text.max_tokens,), 5, device=image.device),
+        lengths=torch.tensor([text.max_tokens]),
+    )
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as once:
+        encode_features(study, image, text)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as step:
+        adaptor.losses(batch.to(image.device))["loss"].backward()
+    adaptor.zero_grad(set_to_none=True)
+    sent = 2 * (ranks - 1) / ranks * 4 * trained + 4 * 2 * (ranks - 1) * batch_size / ranks * 4 * adaptor.sizes["width"]
+    return {
+        "params": {"total": towers + trained, "trainable": trained},
+        "flops_per_sample": once.get_total_flops(),
+        "flops_per_training_sample": round(step.get_total_flops() / len(batch)),
+        "bytes_sent_per_step": round(sent) if ranks > 1 else 0,
+    }
 
 
 def _study(model: ClinVLA, views: int, tokens: int, training: bool = False) -> StudyBatch:

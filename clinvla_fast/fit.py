@@ -54,8 +54,8 @@ class Stage(nn.Module):
     """
 
     name: str
-    flops = 0
-    """Of a step, a study."""
+    flops: Callable[[Any], Tensor | float] = staticmethod(lambda batch: 0.0)
+    """Of training on a batch; 0 where they are not counted."""
 
     def __init__(self, seed: int):
         super().__init__()
@@ -110,26 +110,26 @@ def step_seed(seed: int, batch: int) -> int:
 class _Speed:
     """Of the last few steps: studies a second, the share of the machine's peak, and of time spent waiting for data."""
 
-    def __init__(self, flops: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, flops: Callable[[Any], Tensor | float], device: torch.device, dtype: torch.dtype):
         self._flops, self._peak, self._device = flops, matrix_rate(device, dtype), device
         self.start()
 
     def start(self) -> None:
-        self._since, self._waited, self._studies = time.perf_counter(), 0.0, 0
+        self._since, self._waited, self._studies, self._done = time.perf_counter(), 0.0, 0, 0.0
 
     def next(self, batches: Iterator) -> Any:
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
         self._studies += len(batch)
+        self._done = self._done + self._flops(batch)
         return batch
 
     def read(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._since
-        rate = self._studies / seconds
         return {
-            "studies_a_second": rate * ranks(),
-            "share_of_peak": rate * self._flops / self._peak,
+            "studies_a_second": self._studies / seconds * ranks(),
+            "share_of_peak": float(self._done) / seconds / self._peak,
             "data_wait_share": self._waited / seconds,
             "peak_memory_gb": peak_memory(self._device) / 1e9,
         }

@@ -12,11 +12,13 @@ from torch.func import functional_call
 from torch.nn.functional import normalize
 
 from . import ops
+from .data.features import FeatureBatch
 from .data.loader import StudyLoader
 from .distributed import gathered, ranks, total
 from .errors import DataError
 from .evaluation.retrieval import retrieval_scores
 from .fit import Stage
+from .modeling.adaptor import Adaptor
 from .modeling.masked_modeling import MaskedModeling, draw_masked_words
 from .modeling.model import ClinVLA
 from .modeling.packing import Packing
@@ -177,6 +179,24 @@ class Align(Stage):
 
     def load_state(self, state: dict) -> None:
         self.alarm.load_state(state)
+
+
+class Fuse(Stage):
+    """An Adaptor on the stored outputs of its towers.
+
+    Args:
+        dtype: that its products are in.
+    """
+
+    name = "align"
+
+    def __init__(self, adaptor: Adaptor, dtype: torch.dtype, seed: int):
+        super().__init__(seed)
+        self.adaptor, self._dtype = adaptor, dtype
+
+    def forward(self, batch: FeatureBatch, seed: int) -> dict[str, Tensor]:
+        with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            return self.adaptor.losses(batch)
 
 
 _FLOATS = ("image_global", "image_local", "text_global", "text_local")

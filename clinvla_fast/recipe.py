@@ -41,7 +41,7 @@ class Recipe:
     max_tokens: int = 128
     """Of a report, CLS and SEP included."""
     width: int = 128  # chosen
-    """Of the shared embedding space."""
+    """Of the shared embedding space; Adaptor's block is as wide."""
     objective: Objective = "contrastive"
     """contrastive: InfoNCE and local alignment. cosine: the paper's formulas as printed, which have no negatives."""
     global_weight: float = 1.0

@@ -2,7 +2,7 @@
 
 config.json, adapters.safetensors    the model, as ClinVLA.from_pretrained reads it
 README.md                            the model card: data, sizes, scores, versions
-towers/                              the towers, where they were made here
+towers/, towers.json                 the towers, where they were made here; what became of every key of their files
 run.json                             the resolved settings of the job and the data's manifest hash
 metrics.jsonl, tensorboard/          one line a measurement
 checkpoints/                         where training stands, the last two; gone when it is done

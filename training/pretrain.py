@@ -9,7 +9,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from clinvla_fast.cost import bytes_sent, forward_flops, parameters, step_flops
+from clinvla_fast.cost import adaptor_cost, bytes_sent, forward_flops, parameters, step_flops, training_flops
+from clinvla_fast.data.features import FeatureLoader, write_features
 from clinvla_fast.data.loader import StudyLoader
 from clinvla_fast.data.phantom.dataset import write_phantoms
 from clinvla_fast.data.shards import read_manifest, read_studies
@@ -28,6 +30,9 @@ from clinvla_fast.evaluation.curves import draw_curves
 from clinvla_fast.fit import fit
 from clinvla_fast.interrupts import interruptible
 from clinvla_fast.modeling import attention
+from clinvla_fast.modeling.adaptor import Adaptor, retrieve_features
+from clinvla_fast.modeling.checkpoints import KeyReport
+from clinvla_fast.modeling.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from clinvla_fast.modeling.fp8 import float8_refusal, quantise
 from clinvla_fast.modeling.frozen import compute_dtype
 from clinvla_fast.modeling.masked_modeling import MaskedModeling
@@ -37,11 +42,13 @@ from clinvla_fast.modeling.towers import (
     load_vision,
     make_tiny_text,
     make_tiny_vision,
+    new_text,
+    new_vision,
     save_text,
     save_vision,
 )
 from clinvla_fast.presets import PRESETS
-from clinvla_fast.pretraining import Align, Towers, compile_tower_blocks, retrieve, warm_up
+from clinvla_fast.pretraining import Align, Fuse, Towers, compile_tower_blocks, retrieve, warm_up
 from clinvla_fast.recipe import Optimization
 from clinvla_fast.run import Run, replacing, write_json
 from clinvla_fast.study import StudyBatch
@@ -184,12 +191,14 @@ class Job:
         else:
             text, tokenizer = load_text(self.text)
         vision = make_tiny_vision() if self.vision is None else load_vision(self.vision)
-        if not self.recipe.scratch:
+        if self.recipe.scratch:
+            vision, text = new_vision(vision), new_text(text)
+        else:
             self.make_towers(run, data, MaskedModeling(vision, text, tokenizer.mask_token_id), tokenizer)
         if rank() == 0:
-            with replacing(made) as partial:
-                save_vision(vision.cpu(), partial / "vision")
-                save_text(text.cpu(), tokenizer, partial / "text")
+            with replacing(made) as folder:
+                save_vision(vision.cpu(), folder / "vision")
+                save_text(text.cpu(), tokenizer, folder / "text")
         from_first(lambda: None)
         return str(made / "vision"), str(made / "text")
 
@@ -222,19 +231,17 @@ class Job:
             model = ClinVLA(vision, text, self.recipe, self.dtype).to(self.device)
         except ValueError as error:
             raise DataError(str(error)) from error
-        for kind, tower in (("vision", model.vision), ("text", model.text)):
-            if tower.key_report is not None:
-                console.print(f"{kind} tower: {tower.key_report.summary()}")
+        self.report_keys(vision=model.vision.key_report, text=model.text.key_report)
         stage = Align(model, self.optimization, self.settings.seed, _warn)
-        stage.flops = step_flops(model, views=2, tokens=model.max_tokens)
+        stage.flops = training_flops(model)
         sizes = {
             "params": parameters(model),
             "flops_per_sample": forward_flops(model, views=2, tokens=model.max_tokens),
-            "flops_per_training_sample": stage.flops,
+            "flops_per_training_sample": step_flops(model, views=2, tokens=model.max_tokens),
             "bytes_sent_per_step": bytes_sent(model, self.optimization.batch_size, ranks()),
         }
         self.describe(run, manifest, sizes)
-        self.print_sizes(sizes, model.max_tokens)
+        self.print_sizes(sizes)
 
         def make_loader(checkpoint: str | None, **options) -> StudyLoader:
             sizes = {"image_size": model.training_size, "max_tokens": model.max_tokens}
@@ -258,7 +265,7 @@ class Job:
         measure, score = self.measure(lambda: retrieve(model, validation) if validation else {})
         with _bar("alignment") as show:
             done = fit(
-                run, stage, parameter_groups(model, self.optimization), make_loader, self.optimization,
+                run, stage, parameter_groups(model.trainable(), self.optimization), make_loader, self.optimization,
                 dtype=self.dtype, measure=measure, score=score, progress=show,
             )  # fmt: skip
         retrieval = retrieve(model, self.loader(data, held_out, model))
@@ -266,7 +273,62 @@ class Job:
             model.save_pretrained(self.out)
         return {"retrieval": retrieval, **sizes, **done, "collapsed": stage.alarm.raised}
 
+    def fuse(self, run: Run, data: Path, manifest: dict, held_out: str, vision: str, text: str) -> dict:
+        """Train an Adaptor on the towers' outputs, which are computed once; what there is to say of it."""
+        towers = (
+            load_image_encoder(vision, self.dtype).to(self.device),
+            load_text_encoder(text, self.dtype).to(self.device),
+        )
+        folder = self.settings.features or self.out / "features"
+        splits = [split for split in ("train", "validate", held_out) if split in manifest["counts"]["splits"]]
+        for split in dict.fromkeys(splits):
+            from_first(partial(self.write_features, data, split, folder / split, *towers))
+        torch.manual_seed(self.settings.seed)
+        width = self.recipe.width
+        adaptor = Adaptor(
+            towers[0].width, towers[1].width, width=width, heads=max(1, width // 64), hidden=4 * width,
+            image_encoder=vision, text_encoder=text,
+        ).to(self.device)  # fmt: skip
+        stage = Fuse(adaptor, self.dtype, self.settings.seed)
+
+        def make_loader(checkpoint: str | None = None, split: str = "train") -> FeatureLoader:
+            size = self.optimization.batch_size if split == "train" else _EVALUATION_BATCH
+            options = {"checkpoint": checkpoint, "seed": self.settings.seed, "rank": rank(), "ranks": ranks()}
+            return FeatureLoader(folder / split, size, train=split == "train", **options)
+
+        sizes = adaptor_cost(adaptor, *towers, next(iter(make_loader())), ranks(), self.optimization.batch_size)
+        stage.flops = lambda batch: len(batch) * sizes["flops_per_training_sample"]
+        del towers  # their outputs are on disk
+        self.describe(run, manifest, sizes)
+        self.print_sizes(sizes)
+        validation = make_loader(split="validate") if "validate" in splits else None
+        measure, score = self.measure(lambda: retrieve_features(adaptor, validation) if validation else {})
+        groups = parameter_groups(dict(adaptor.named_parameters()), self.optimization)
+        with _bar("alignment") as show:
+            done = fit(
+                run, stage, groups, make_loader, self.optimization,
+                dtype=self.dtype, measure=measure, score=score, progress=show,
+            )  # fmt: skip
+        retrieval = retrieve_features(adaptor, make_loader(split=held_out))
+        if rank() == 0:
+            adaptor.save(self.out)
+        return {"retrieval": retrieval, **sizes, **done}
+
     # Parts
+
+    def write_features(self, data: Path, split: str, out: Path, image: ImageEncoder, text: TextEncoder) -> None:
+        loader = StudyLoader(
+            data,
+            split,
+            text.tokenizer,
+            image_size=image.image_size,
+            max_tokens=min(self.recipe.max_tokens, text.max_tokens),
+            batch_size=_EVALUATION_BATCH,
+            device="gpu" if self.device.type == "cuda" else "cpu",
+        )
+        dtype = torch.float16 if self.dtype == torch.float32 else self.dtype
+        with _bar(f"features, {split}") as show:
+            write_features(loader, image, text, out, dtype, lambda done, of: show(done, of, "studies"))
 
     def measure(self, scores: Callable[[], dict]) -> tuple[Callable[[int], dict[str, float]], tuple[str, ...]]:
         """What is measured after an epoch, some of them; by which scores training may end early."""
@@ -275,7 +337,7 @@ class Job:
         def measure(epoch: int) -> dict[str, float]:
             if epoch % every and epoch != self.optimization.epochs:
                 return {}
-            return {f"{way}/{name}": x for way, found in scores().items() for name, x in found.items() if x is not None}
+            return _flat(scores())
 
         aligned = self.recipe.global_weight or self.recipe.local_weight
         return measure, _SCORES if aligned else ("image_to_image/precision@5",)
@@ -289,6 +351,14 @@ class Job:
             "Data": {"source": manifest["source"], "studies": counts, "SHA-256 of manifest.json": digest},
             "Sizes": sizes["params"] | {name: n for name, n in sizes.items() if name != "params"},
         }
+
+    def report_keys(self, **reports: KeyReport | None) -> None:
+        """What became of every key of the files that towers came from, in words, and by name in towers.json."""
+        found = {kind: report for kind, report in reports.items() if report is not None}
+        for kind, report in found.items():
+            console.print(f"{kind} tower: {report.summary()}")
+        if found and rank() == 0:
+            write_json(self.out / "towers.json", {kind: asdict(report) for kind, report in found.items()})
 
     def quantise(self, model: ClinVLA, batch: StudyBatch) -> None:
         """By the towers and the first batch alone, so that a resumed run puts the same layers in FP8."""
@@ -327,8 +397,8 @@ class Job:
             ranks=ranks(),
         )
 
-    def print_sizes(self, sizes: dict, tokens: int) -> None:
-        params = sizes["params"]
+    def print_sizes(self, sizes: dict) -> None:
+        params, tokens = sizes["params"], self.recipe.max_tokens
         table = Table("size, counted", "", title=f"{self.settings.method}, {self.settings.preset}", show_header=False)
         table.add_row("parameters", f"{params['total']:,}")
         table.add_row("trainable", f"{params['trainable']:,} ({params['trainable'] / params['total']:.1%})")
@@ -354,7 +424,15 @@ class Job:
         console.print(table)
         files = "summary.json, README.md, metrics.jsonl, curves.png, tensorboard/ and the model"
         console.print(f"{summary['seconds']:.0f} s. In {self.out}: {files}:", soft_wrap=True)
-        console.print(f'    from clinvla_fast import ClinVLA; ClinVLA.from_pretrained("{self.out}")', soft_wrap=True)
+        if self.recipe.fusion:
+            use = f'from clinvla_fast.modeling.adaptor import Adaptor; Adaptor.load("{self.out}")'
+        else:
+            use = f'from clinvla_fast import ClinVLA; ClinVLA.from_pretrained("{self.out}")'
+        console.print(f"    {use}", soft_wrap=True)
+
+
+def _flat(scores: dict[str, dict]) -> dict[str, float]:
+    return {f"{way}/{name}": x for way, found in scores.items() for name, x in found.items() if x is not None}
 
 
 def _flops(n: float) -> str:

@@ -68,6 +68,8 @@ class Pretrain:
     """auto: cuda where there is one."""
     wandb: str | None = None
     """A project on Weights & Biases to send the curves to, beside TensorBoard."""
+    features: Path | None = None
+    """Adaptor: where the towers' outputs are kept, for this run and others. Default: in the run's folder."""
     seed: int = 0
     """The same seed, settings and machine give the same numbers."""
     patients: int = 1200
@@ -75,7 +77,7 @@ class Pretrain:
 
 
 # What may change when a run goes on: where and how fast it runs, not what it computes.
-_FREE = {"out", "resume", "config", "dry_run", "cache", "compile", "device", "wandb", "attention"}
+_FREE = {"out", "resume", "config", "dry_run", "cache", "compile", "device", "wandb", "attention", "features"}
 
 
 def parse(args: Sequence[str] | None) -> Pretrain:

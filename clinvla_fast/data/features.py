@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed import part
 from ..errors import DataError
 from ..modeling.encoders import ImageEncoder, TextEncoder
 from ..modeling.packing import Packing
@@ -204,9 +205,7 @@ class FeatureLoader:
 
     Args:
         folder: written by `write_features`.
-        batch_size: studies a batch; of one process, where there are several.
-        checkpoint: what `checkpoint` returned.
-        rank, ranks: this process's number among those that share the epochs: it takes every `ranks`-th study.
+        batch_size, checkpoint, rank, ranks: as of StudyLoader.
 
     about is what features.json says; studies, how many there are.
 
@@ -238,25 +237,25 @@ class FeatureLoader:
             raise DataError(f"{folder}: features cannot be read ({error}): remove it and write them again.") from None
         self._dtype = getattr(torch, self.about["dtype"])
         self.studies = len(self._ids)
-        if train and self.studies < batch_size * ranks:
-            raise DataError(f"{folder} has {self.studies} studies: expected at least a batch of {batch_size * ranks}.")
+        if train and self.studies < batch_size:
+            raise DataError(f"{folder} has {self.studies} studies: expected at least a batch of {batch_size}.")
         self._epoch = self._batch = 0
         if checkpoint:
             try:
                 self._epoch, done, studies = json.loads(checkpoint)
-                self._batch, rest = divmod(done, batch_size * ranks)
+                self._batch, rest = divmod(done, self._step)
             except (ValueError, TypeError):
                 raise DataError("the loader's checkpoint is of another version: start this stage again.") from None
             if rest or studies != self.studies:
                 raise DataError(
                     f"the loader's checkpoint is of another batch size, number of processes or data: after {done} of "
-                    f"{studies} studies, and here are batches of {batch_size * ranks} of {self.studies}."
+                    f"{studies} studies, and here are batches of {self._step} of {self.studies}."
                 )
 
     def __len__(self) -> int:
         """Batches an epoch, of this process."""
         if self.train:
-            return self.studies // (self.batch_size * self._ranks)
+            return self.studies // self.batch_size
         return math.ceil(len(range(self._rank, self.studies, self._ranks)) / self.batch_size)
 
     def __iter__(self) -> Iterator[FeatureBatch]:
@@ -264,13 +263,15 @@ class FeatureLoader:
         order = np.arange(self.studies)
         if self.train:
             order = np.random.default_rng([self._seed % 2**64, self._epoch]).permutation(self.studies)
-        order = order[self._rank :: self._ranks]
+        own = part(self.batch_size, self._ranks, self._rank)
+        if not self.train:
+            order, own = order[self._rank :: self._ranks], slice(None)
         with ThreadPoolExecutor(1) as pool:  # reads a batch while the one before is used
             ahead = None
             for i in range(self._batch, len(self) + 1):
                 made = ahead
                 if i < len(self):
-                    ahead = pool.submit(self._read, order[i * self.batch_size : (i + 1) * self.batch_size])
+                    ahead = pool.submit(self._read, order[i * self.batch_size : (i + 1) * self.batch_size][own])
                 if made is not None:
                     self._batch += 1
                     yield made.result()
@@ -278,7 +279,12 @@ class FeatureLoader:
 
     def checkpoint(self) -> str:
         """Where the loader stands, for `checkpoint=`: the batches that follow are the same."""
-        return json.dumps([self._epoch, self._batch * self.batch_size * self._ranks, self.studies])
+        return json.dumps([self._epoch, self._batch * self._step, self.studies])
+
+    @property
+    def _step(self) -> int:
+        """Studies a batch, of all processes."""
+        return self.batch_size if self.train else self.batch_size * self._ranks
 
     def _read(self, studies: np.ndarray) -> FeatureBatch:
         tensors = {}
@@ -286,7 +292,7 @@ class FeatureLoader:
             rows, stops = self._rows[side], self._stops[side]
             starts = np.where(studies > 0, stops[studies - 1], 0)
             lengths = stops[studies] - starts
-            grid = np.zeros((len(studies), lengths.max(), rows.shape[1]), rows.dtype)
+            grid = np.zeros((len(studies), lengths.max(initial=0), rows.shape[1]), rows.dtype)
             for row, start, length in zip(grid, starts, lengths, strict=True):
                 row[:length] = rows[start : start + length]
             tensors[side] = torch.from_numpy(grid).view(self._dtype)
@@ -297,11 +303,10 @@ class FeatureLoader:
 
 def _identity(loader: StudyLoader, image: ImageEncoder, text: TextEncoder, dtype: torch.dtype) -> dict:
     """All that decides what is in the files."""
-    root, split = loader._where
     return {
         "format": _FORMAT,
-        "data_sha256": hashlib.sha256((Path(root) / "manifest.json").read_bytes()).hexdigest(),
-        "split": split,
+        "data_sha256": hashlib.sha256((loader.root / "manifest.json").read_bytes()).hexdigest(),
+        "split": loader.split,
         "image_tower_sha256": image.sha256,
         "text_tower_sha256": text.sha256,
         "max_tokens": loader.max_tokens,

@@ -288,7 +288,7 @@ class StudyLoader:
         self._texts: dict[int, _Text] = {}
         self._keep_texts = train or self._cache_wanted != "off"
         self._decoder: _Stage | None = None
-        self._where = root, split
+        self.root, self.split = Path(root), split
         self._epoch = self._batch = 0
         if checkpoint:
             try:
@@ -476,7 +476,7 @@ class StudyLoader:
         )
 
     def _unreadable(self, reason: str) -> DataError:
-        root, split = self._where
+        root, split = self.root, self.split
         return DataError(f"{root}: a {split} shard cannot be read ({reason}). Prepare the data again.")
 
     @contextmanager

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize, scaled_dot_product_attention
 
-from .. import ops
 from ..data.features import FeatureBatch, encode_features
+from ..distributed import Rows, gathered
 from ..errors import DataError
 from ..evaluation.retrieval import retrieval_scores
+from ..objectives import global_contrastive
 from ..run import replacing, write_json
 from ..study import StudyBatch
 from .encoders import ImageEncoder, TextEncoder
@@ -101,17 +102,20 @@ class Adaptor(nn.Module):
     def losses(self, batch: FeatureBatch) -> dict[str, Tensor]:
         """Of the studies that have both a view and a word: scalars `paired`, `separate` and their mean, `loss`.
 
-        Without any such study all three are zero.
+        Without any such study all three are zero. Over several ranks each has its part of a batch and contrasts it
+        with everyone's: the mean of the ranks' losses is that of the batch.
         """
         batch = batch.paired()
-        if not len(batch):
-            zero = sum(p.sum() for p in self.parameters()) * 0
-            return {"loss": zero, "paired": zero, "separate": zero}
-        image, text = self._read(batch)
-        scales = self.scales()
-        paired = ops.contrastive(self._embed(image, text), self._embed(text, image), scales[0])
-        separate = ops.contrastive(self._embed(image, image), self._embed(text, text), scales[1])
-        return {"loss": (paired + separate) / 2, "paired": paired, "separate": separate}
+        rows, scales = Rows(len(batch)), self.scales()
+        zero = sum(p.sum() for p in self.parameters()) * 0
+        losses = {"paired": zero, "separate": zero}
+        if rows.total:
+            image, text = self._read(batch)
+            paired = self._embed(image, text), self._embed(text, image)
+            separate = self._embed(image, image), self._embed(text, text)
+            losses["paired"] = zero + global_contrastive(*paired, scales[0], rows)
+            losses["separate"] = zero + global_contrastive(*separate, scales[1], rows)
+        return {"loss": (losses["paired"] + losses["separate"]) / 2, **losses}
 
     def block(self, asking: Tokens, asked: Tokens) -> Tensor:
         """The tokens of `asking` [total, width], having attended to those of `asked`, which may be the same."""
@@ -202,16 +206,17 @@ def retrieve_features(adaptor: Adaptor, batches: Iterable[FeatureBatch]) -> dict
     Raises:
         DataError: if no study has both.
     """
-    separate, paired, labels = [], [], []
+    mine = []
     for batch in batches:
         batch = batch.to(adaptor.log_scales.device).paired()
         if len(batch):
-            separate.append([normalize(x, dim=-1) for x in adaptor.separate(batch)])
-            paired.append([normalize(x, dim=-1) for x in adaptor.paired(batch)])
-            labels += batch.labels
-    if not separate:
+            found = (*adaptor.separate(batch), *adaptor.paired(batch))
+            mine += list(zip(*(normalize(x, dim=-1).cpu() for x in found), batch.labels, strict=True))
+    everyone = [study for share in gathered(mine) for study in share]
+    if not everyone:
         raise DataError("no study has both a view and a word: there is nothing to retrieve.")
-    (image, text), (paired_image, paired_text) = (map(torch.cat, zip(*x, strict=True)) for x in (separate, paired))
+    *embeddings, labels = zip(*everyone, strict=True)
+    image, text, paired_image, paired_text = (torch.stack(x) for x in embeddings)
     leaking = retrieval_scores(paired_text, paired_image, labels, recall_at=1)
     return {
         "text_to_image": retrieval_scores(text, image, labels),

@@ -418,12 +418,12 @@ def _masked_mean(local: Tensor, mask: Tensor) -> Tensor:
     return _wide(local).masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1).clamp(min=1)[:, None]
 
 
-def parameter_groups(model: ClinVLA, optimization: Optimization) -> list[dict]:
+def parameter_groups(trained: Mapping[str, nn.Parameter], optimization: Optimization) -> list[dict]:
     """The paper's groups for AdamW (Table 1). Invertible adapters belong to a language, as in MAD-X, and go with the
     language adapters; heads, embeddings and scales go with the task adapters; what is trained of the towers has a rate
     of its own."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, p in model.trainable().items():
+    for name, p in trained.items():
         if ".language." in name or ".invertible." in name:
             lr = optimization.language_lr
         else:

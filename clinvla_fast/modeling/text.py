@@ -6,6 +6,7 @@ from transformers import BertModel
 from ..recipe import Recipe
 from .adapters import InvertibleAdapter, TransformerAdapt, add_adapters
 from .attention import attention
+from .checkpoints import KeyReport
 from .packing import Packing
 
 
@@ -23,6 +24,9 @@ class TextTower(nn.Module):
     Args:
         bert: with absolute positions, as BERT and BioBERT have them.
     """
+
+    key_report: KeyReport | None = None
+    """What became of every key of the file that it was read from; None where a library has read it."""
 
     def __init__(self, bert: BertModel):
         super().__init__()

@@ -7,6 +7,7 @@ import timm
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, PreTrainedTokenizerFast
 
 from ..errors import DataError
@@ -73,9 +74,7 @@ def load_vision(name: str) -> VisionTower:
     if not isinstance(vit, VisionTransformer):
         raise TowerUnavailable(f"vision tower {name!r} is a {type(vit).__name__}: expected a VisionTransformer.")
     pixels, channels = timm.data.resolve_model_data_config(vit), vit.patch_embed.proj.in_channels
-    tower = VisionTower(vit, pixels["mean"][:channels], pixels["std"][:channels])
-    tower.key_report = None
-    return tower
+    return VisionTower(vit, pixels["mean"][:channels], pixels["std"][:channels])
 
 
 def _vision_of_file(file: Path) -> VisionTower:
@@ -134,9 +133,7 @@ def load_text(name: str) -> tuple[TextTower, PreTrainedTokenizerFast]:
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         expected = "a BERT's name, a folder that holds its config.json, weights and tokenizer, or a file of its weights"
         raise _unavailable("text", name, expected, error) from error
-    tower = TextTower(bert)
-    tower.key_report = None
-    return tower, tokenizer
+    return TextTower(bert), tokenizer
 
 
 def _text_of_file(file: Path) -> tuple[TextTower, PreTrainedTokenizerFast]:
@@ -176,10 +173,39 @@ def make_tiny_text(vocabulary: int) -> TextTower:
     return TextTower(BertModel(BertConfig(vocab_size=vocabulary, **_TINY_TEXT), add_pooling_layer=False))
 
 
+def new_vision(tower: VisionTower) -> VisionTower:
+    """The same tower, its weights random again, as timm starts them."""
+    for module in tower.vit.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    tower.vit.init_weights()
+    return tower
+
+
+def new_text(tower: TextTower) -> TextTower:
+    """A tower of the same sizes with random weights, as transformers starts them."""
+    return TextTower(BertModel(tower.bert.config, add_pooling_layer=False))
+
+
 def save_vision(tower: VisionTower, folder: Path) -> None:
     """Write the ViT of a tower, without adapters, in the layout that `load_vision` and timm read."""
     pixels = {"mean": tuple(tower.mean.tolist()), "std": tuple(tower.std.tolist())}
-    save_for_hf(tower.vit, str(folder), model_args=_TINY_VISION, data_config=pixels, safe_serialization=True)
+    vit, block = tower.vit, tower.vit.blocks[0]
+    sizes = {
+        "img_size": tower.image_size,
+        "patch_size": tower.patch_size,
+        "in_chans": vit.patch_embed.proj.in_channels,
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / vit.embed_dim,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "init_values": None if isinstance(block.ls1, nn.Identity) else 1.0,
+        "num_classes": 0,
+    }
+    if not getattr(vit, "pretrained_cfg", None):  # read from a file: any plain ViT's name, of which all is overridden
+        vit.pretrained_cfg = {"architecture": "vit_tiny_patch16_224"}
+    save_for_hf(vit, str(folder), model_args=sizes, data_config=pixels, safe_serialization=True)
 
 
 def save_text(tower: TextTower, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -8,6 +8,7 @@ from .. import ops
 from ..recipe import Recipe
 from ..study import VIEWS
 from .adapters import InvertibleAdapter, TransformerAdapt, add_adapters
+from .checkpoints import KeyReport
 
 
 def vision_block(block: nn.Module, adapt: TransformerAdapt, x: Tensor) -> Tensor:
@@ -31,6 +32,9 @@ class VisionTower(nn.Module):
     Raises:
         ValueError: if the ViT is built otherwise.
     """
+
+    key_report: KeyReport | None = None
+    """What became of every key of the file that it was read from; None where a library has read it."""
 
     def __init__(self, vit: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()

@@ -26,6 +26,7 @@ PRESET = Preset(
     },
     of_method={
         "alta": {"bottleneck": 32, "language_lr": 1.5e-3},
+        "adaptor": {"width": 128, "weight_decay": 1e-4},
         "mrm": {"tower_lr": 3e-3, "task_lr": 3e-3},
         "gloria": {"scales": (10.0, 4.0, 5.0, 10.0), "clip": 1.0},
         "convirt": {"scales": (10.0, 4.0, 5.0, 10.0)},

@@ -135,9 +135,15 @@ class TestSameBatches:
     def test_a_checkpoint_of_another_job(self, load):
         loader = load(train=True)
         next(iter(loader))
-        for other in ({"batch_size": 5}, {"ranks": 3}):
-            with pytest.raises(DataError, match="of another batch size, number of processes or data: after 8 of 37"):
-                load(train=True, checkpoint=loader.checkpoint(), **other)
+        with pytest.raises(DataError, match="of another batch size, number of processes or data: after 8 of 37"):
+            load(train=True, checkpoint=loader.checkpoint(), batch_size=5)
+
+    def test_a_checkpoint_of_another_number_of_processes(self, load):
+        loader = load(train=True)
+        first = ids(islice(loader, 1))
+        parts = [load(train=True, checkpoint=loader.checkpoint(), rank=rank, ranks=3) for rank in range(3)]
+        rest = [i for share in parts for i in ids(share)]
+        assert sorted(first + rest) == sorted(ids(load(train=True)))
 
     def test_not_a_checkpoint(self, load):
         for state in ("opaque", b"\xff\x00", "5"):
@@ -165,18 +171,31 @@ class TestOrder:
         for _ in range(2):
             assert ids(loader) == [f"s{i}" for i in range(STUDIES)]
 
-    @pytest.mark.parametrize("train", [True, False])
     @pytest.mark.parametrize("ranks", [1, 2, 3])
-    def test_processes_share_an_epoch(self, load, ranks, train):
-        whole = load(batch_size=4 * ranks, train=train)
-        parts = [load(batch_size=4, train=train, rank=rank, ranks=ranks) for rank in range(ranks)]
+    def test_processes_share_every_training_batch(self, load, ranks):
+        whole = load(train=True, batch_size=8)
+        parts = [load(train=True, batch_size=8, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert {len(part) for part in parts} == {len(whole)}
         for _ in range(2):
-            expected = ids(whole)
+            for batch, *shares in zip(whole, *parts, strict=True):
+                assert torch.equal(torch.cat([share.images for share in shares]), batch.images)
+                assert tuple(ids(shares)) == batch.ids
+                assert [share.row for share in shares] == [len(ids(shares[:rank])) for rank in range(ranks)]
+                assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+    @pytest.mark.parametrize("ranks", [1, 2, 3])
+    def test_processes_share_an_evaluation(self, load, ranks):
+        parts = [load(batch_size=4, rank=rank, ranks=ranks) for rank in range(ranks)]
+        for _ in range(2):
+            expected = ids(load())
             shares = [list(part) for part in parts]
             assert [len(share) for share in shares] == [len(part) for part in parts]
-            assert not train or len(set(map(len, shares))) == 1
             for rank, share in enumerate(shares):
                 assert ids(share) == expected[rank::ranks]
+
+    def test_a_batch_smaller_than_the_processes(self, load):
+        with pytest.raises(DataError, match="a batch of 2 studies for 3 processes: expected at least one for each"):
+            load(train=True, batch_size=2, ranks=3)
 
     def test_a_share_may_be_empty(self, load, tmp_path):
         two = write(tmp_path / "two", [some_study(1), some_study(2)])

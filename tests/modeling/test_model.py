@@ -65,7 +65,7 @@ def test_a_step_moves_everything_but_the_towers(tiny_model, make_batch, shake):
     shake(tiny_model)  # new adapters hide their down-projections from the gradient
     before = {name: p.detach().clone() for name, p in tiny_model.named_parameters()}
     tiny_model.train()
-    optimizer = torch.optim.AdamW(parameter_groups(tiny_model, Optimization()))
+    optimizer = torch.optim.AdamW(parameter_groups(tiny_model.trainable(), Optimization()))
     batch = make_batch([[1, 0, 1, 0], [1, 1, 0, 0], [0, 1, 0, 1]], [9, 12, 5])
     tiny_model.objective(tiny_model(batch, mask_seed=0))["loss"].backward()
     optimizer.step()
@@ -84,7 +84,7 @@ def test_frozen_towers_stay_in_evaluation_mode(tiny_model):
 @pytest.mark.parametrize("adapters", [("invertible", "language", "task"), ("task",), ()])
 def test_parameter_groups_cover_every_trainable_once(tiny_towers, adapters):
     model = ClinVLA(**tiny_towers, recipe=Recipe(adapters=adapters))
-    groups = parameter_groups(model, Optimization(language_lr=1e-5, task_lr=3e-4, weight_decay=0.02))
+    groups = parameter_groups(model.trainable(), Optimization(language_lr=1e-5, task_lr=3e-4, weight_decay=0.02))
     rate = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(rate) == len(model.trainable())
     for name, p in model.trainable().items():

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from clinvla_fast import ClinVLA
-from clinvla_fast.interrupts import interrupts, interruptible
+from clinvla_fast.interrupts import interruptible, interrupts
 from training.pretrain import main
 
 SMALL = ["--epochs", "3", "--towers.epochs", "1", "--batch-size", "16", "--towers.batch-size", "16", "--device", "cpu"]
