@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,6 +58,22 @@ def training_flops(model: ClinVLA) -> Callable[[StudyBatch], Tensor]:
         return (one - view - 32 * token) * len(batch) + view * views + token * batch.lengths.sum().item()
 
     return flops
+
+
+def saved_bytes(step: Callable[[], None], module: nn.Module) -> int:
+    """Bytes that a step holds for its backward pass, beside what belongs to `module` anyway."""
+    own = {x.untyped_storage().data_ptr() for x in module.state_dict(keep_vars=True).values()}
+    held: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        step()
+    return sum(held.values())
 
 
 def bytes_sent(model: ClinVLA, batch_size: int, ranks: int, tokens: int | None = None) -> int:

@@ -8,13 +8,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.parallel import DistributedDataParallel
 
 sent = 0
 """Bytes that this rank has sent in the functions below, as ring algorithms send them."""
@@ -49,6 +51,14 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.barrier()  # else the first to end takes the others' connections with it
     finally:
         dist.destroy_process_group()
+
+
+def data_parallel(module: nn.Module) -> DistributedDataParallel:
+    """A module whose gradients are averaged over ranks. It is the same on all of them, so nothing else is exchanged:
+    no weight as it starts, no buffer ever, and frozen towers are buffers."""
+    known = signature(DistributedDataParallel).parameters
+    never = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before PyTorch 2.15
+    return DistributedDataParallel(module, init_sync=False, gradient_as_bucket_view=True, **{never: False})
 
 
 def part(n: int, of: int | None = None, which: int | None = None) -> slice:

@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .distributed import gathered, ranks, summed, total
+from .distributed import data_parallel, gathered, ranks, summed, total
 from .errors import DataError
 from .interrupts import interrupts
 from .machine import matrix_rate, peak_memory
@@ -242,7 +241,7 @@ def fit(
 
     wrapped, quiet = stage, nullcontext
     if ranks() > 1:
-        wrapped = DistributedDataParallel(stage, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+        wrapped = data_parallel(stage)
         quiet = wrapped.no_sync
     stage.train()
     saved_at = time.monotonic()
@@ -252,7 +251,7 @@ def fit(
             batches, speed = iter(loader), _Speed(stage.flops, device, dtype)
             left = len(loader) - place["batches"] % len(loader)
             while left:
-                group, ids = min(settings.accumulate, left), []
+                group, ids, finite = min(settings.accumulate, left), [], True
                 optimizer.zero_grad(set_to_none=True)
                 for number in range(group):
                     batch = speed.next(batches)
@@ -260,11 +259,12 @@ def fit(
                     draw = step_seed(stage.seed, place["batches"])
                     with nullcontext() if number == group - 1 else quiet():
                         losses = stage.backward(wrapped, batch.to(device), draw, 1 / group, quiet)
+                    finite = losses["loss"].detach().isfinite() & finite
                     place["batches"] += 1
                 left -= group
                 norm = nn.utils.clip_grad_norm_(trained.values(), settings.clip)
                 stop = torch.tensor(float(interrupted()), device=device)
-                lost = (~(losses["loss"].detach().isfinite() & norm.isfinite())).to(stop)
+                lost = (~(norm.isfinite() & finite)).to(stop)
                 lost, stop = summed(torch.stack([lost, stop])).tolist()
                 for settled, rate in zip(optimizer.param_groups, rates, strict=True):
                     settled["lr"] = rate * schedule(place["step"])
@@ -278,10 +278,11 @@ def fit(
                         average.update()
                 place["step"] += 1
                 if place["step"] % _LOG_EVERY == 0 or place["step"] == steps:
-                    names = list(losses)
-                    values = total(*(float(losses[name].detach()) for name in names))
-                    values = {name: value / ranks() for name, value in zip(names, values, strict=True)}
-                    more = stage.watch(place["step"], steps)
+                    values, more = {}, {}
+                    if not lost:  # of a skipped step there is nothing to see
+                        sums = total(*(float(x.detach()) for x in losses.values()))
+                        values = {name: x / ranks() for name, x in zip(losses, sums, strict=True)}
+                        more = stage.watch(place["step"], steps)
                     run.log(stage.name, place["step"], lr=optimizer.param_groups[-1]["lr"], **values, **more)
                     speeds = speed.read()
                     run.show(stage.name, place["step"], **speeds)
@@ -296,7 +297,7 @@ def fit(
             going_on = evaluate(place["step"] // epoch_steps)
             save()
             saved_at = time.monotonic()
-            if stop:
+            if total(float(interrupted()))[0]:
                 raise KeyboardInterrupt
     if best["weights"]:
         _put(trained, best["weights"])
@@ -312,13 +313,13 @@ def _copy(into: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
 
 
 def _note_skipped(run: Run, stage: Stage, place: dict, ids: list[str], limit: int) -> None:
-    everyone = [name for names in gathered(ids) for name in names]
-    path = run.note_skipped(stage.name, place["step"], everyone)
+    everyone, step = [name for names in gathered(ids) for name in names], place["step"] + 1
+    path = run.note_skipped(stage.name, step, everyone)
     if place["skipped_in_a_row"] >= limit:
         raise DataError(
-            f"the loss or its gradient was not finite in {limit} steps in a row (stage {stage.name}, step "
-            f"{place['step']}): the studies of these batches are in {path}. Look at them, or lower the learning rate "
-            "and --resume."
+            f"the loss or its gradient was not finite in {limit} steps in a row (stage {stage.name}, up to step "
+            f"{step}): the studies of these batches are in {path}. Look at them, or start a run with a lower learning "
+            "rate."
         )
 
 

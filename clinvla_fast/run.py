@@ -47,10 +47,39 @@ def write_json(path: Path, value: dict) -> None:
         partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
+class _Lines:
+    """A file of JSON, a value a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> list[dict]:
+        """All lines written so far; one cut off by a crash is left out."""
+        lines = []
+        if self.path.is_file():
+            for line in self.path.read_text().splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    break
+        return lines
+
+    def keep(self, known: int) -> None:
+        """Cut off all but the first `known` lines."""
+        kept = "".join(json.dumps(line) + "\n" for line in self.read()[:known])
+        if self.path.is_file() and self.path.read_text() != kept:
+            with replacing(self.path) as partial:
+                partial.write_text(kept)
+
+    def append(self, line: dict) -> None:
+        with self.path.open("a") as f:
+            f.write(json.dumps(line) + "\n")
+
+
 class Run:
     """The run directory at `path`, which exists.
 
-    Metrics measured after the last checkpoint are forgotten when a run is opened: they will be measured again.
+    What was measured after the last checkpoint is forgotten when a run is opened: it will be measured again.
 
     Args:
         write: False in all processes but the first: they read, and write nothing.
@@ -67,20 +96,20 @@ class Run:
     def __init__(self, path: Path, write: bool = True):
         self.path = Path(path)
         self._write = write
-        self._metrics, self._checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
+        self._checkpoints = self.path / "checkpoints"
+        self._metrics, self._skipped = _Lines(self.path / "metrics.jsonl"), _Lines(self.path / "skipped.jsonl")
         self.about: dict[str, dict] = {}
         self.damaged: list[Path] = []
         self._saved = 0
         self.state = self._read_checkpoint()
-        lines = self.read_metrics()
-        known = self.state["metrics"] if self.state else 0
-        if write and len(lines) > known:
-            with replacing(self._metrics) as partial:
-                partial.write_text("".join(json.dumps(line) + "\n" for line in lines[:known]))
-        self._lines = min(known, len(lines))
+        if write:
+            for killed in self._checkpoints.glob(".*.partial"):
+                killed.unlink()
+            self._metrics.keep(self.state["metrics"] if self.state else 0)
+            self._skipped.keep(self.state["skipped"] if self.state else 0)
         self._opened, self._seconds_before = time.monotonic(), self.state["seconds"] if self.state else 0.0
-        steps = {"purge_step": self.state["step"] + 1} if self.state else {}
-        self._board = SummaryWriter(str(self.path / "tensorboard"), **steps) if write else None
+        self._known_steps = {self.state["stage"]: self.state["step"]} if self.state else {}
+        self._boards: dict[str, SummaryWriter] = {}
 
     @property
     def seconds(self) -> float:
@@ -91,41 +120,35 @@ class Run:
         """Append one line of measurements, and put them on TensorBoard."""
         if not self._write:
             return
-        with self._metrics.open("a") as f:
-            f.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        self._lines += 1
+        self._metrics.append({"stage": stage, "step": step, **values})
         self.show(stage, step, **values)
 
     def show(self, stage: str, step: int, **values: float) -> None:
         """Put on TensorBoard alone what is not the same in every run of the same settings, as speeds are."""
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{stage}/{name}", value, step)
+        if not self._write:
+            return
+        if stage not in self._boards:  # a folder each: TensorBoard forgets steps of all curves of a folder
+            start = self._known_steps.get(stage, 0) + 1
+            self._boards[stage] = SummaryWriter(str(self.path / "tensorboard" / stage), purge_step=start)
+        for name, value in values.items():
+            self._boards[stage].add_scalar(f"{stage}/{name}", value, step)
 
     def read_metrics(self) -> list[dict]:
-        """All lines written so far; one cut off by a crash is left out."""
-        lines = []
-        if self._metrics.is_file():
-            for line in self._metrics.read_text().splitlines():
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:
-                    break
-        return lines
+        """All measurements so far."""
+        return self._metrics.read()
 
     def note_skipped(self, stage: str, step: int, ids: list[str]) -> Path:
         """Write down the studies of a batch that was skipped; the file's path."""
-        path = self.path / "skipped.jsonl"
         if self._write:
-            with path.open("a") as f:
-                f.write(json.dumps({"stage": stage, "step": step, "ids": ids}) + "\n")
-        return path
+            self._skipped.append({"stage": stage, "step": step, "ids": ids})
+        return self._skipped.path
 
     def save_state(self, stage: str, step: int, **parts) -> None:
-        """Write a checkpoint beside the last one, its hash in its name; older ones go."""
+        """Write a checkpoint beside the last one, its hash in its name; older and damaged ones go."""
         if not self._write:
             return
-        self.state = {"stage": stage, "step": step, "metrics": self._lines, "seconds": self.seconds, **parts}
+        lines = {"metrics": len(self._metrics.read()), "skipped": len(self._skipped.read())}
+        self.state = {"stage": stage, "step": step, "seconds": self.seconds, **lines, **parts}
         buffer = io.BytesIO()  # so that a full disk is an OSError that says so, not torch's own
         torch.save(self.state, buffer)
         content = buffer.getbuffer()
@@ -136,8 +159,11 @@ class Run:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        for old in self._found()[_KEPT:]:
-            old.unlink()
+        good = [path for path in self._found() if path not in self.damaged]
+        for old in (*self.damaged, *good[_KEPT:]):
+            old.unlink(missing_ok=True)
+        for board in self._boards.values():
+            board.flush()
         self.write_card(f"In training: stage {stage}, step {step:,}.")
 
     def write_card(self, step: str, scores: dict | None = None) -> None:
@@ -176,8 +202,8 @@ class Run:
         return None
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards.values():
+            board.close()
 
 
 def random_states() -> dict:

@@ -8,11 +8,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from clinvla_fast import ClinVLA, Recipe, StudyBatch, distributed
 from clinvla_fast.cost import bytes_sent
-from clinvla_fast.distributed import part, process_group, rank, ranks
+from clinvla_fast.distributed import data_parallel, part, process_group, rank, ranks
 from clinvla_fast.modeling.masked_modeling import MaskedModeling
 from clinvla_fast.presets import TowerTraining
 from clinvla_fast.pretraining import Align, Towers
@@ -51,7 +50,7 @@ def run(folder: Path) -> None:
     stage = stage_of(job).to(getattr(torch, job["dtype"])).train()
     own, wrapped = share(batch, part(len(batch))), stage
     if ranks() > 1:
-        wrapped = DistributedDataParallel(stage, broadcast_buffers=False, init_sync=False)
+        wrapped = data_parallel(stage)
     before = distributed.sent
     losses = stage.backward(wrapped, own, 7, 1.0, getattr(wrapped, "no_sync", nullcontext))
     gradients = {name: p.grad for name, p in stage.named_parameters() if p.requires_grad}

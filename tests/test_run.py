@@ -1,10 +1,10 @@
 """Checkpoints: whatever is cut off or flipped in one is noticed, and the one before is used."""
 
-import itertools
 import json
 import random
 import resource
 import shutil
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -63,7 +63,10 @@ def places(size: int):
         yield f"cut to {length} bytes", lambda old, length=length: old[:length]
     for at in [0, size - 1, *(chance.randrange(size) for _ in range(PLACES // 2 - 2))]:
         bit = 1 << chance.randrange(8)
-        yield f"bit {bit} flipped at {at}", lambda old, at=at, bit=bit: old[:at] + bytes([old[at] ^ bit]) + old[at + 1 :]
+        yield (
+            f"bit {bit} flipped at {at}",
+            lambda old, at=at, bit=bit: old[:at] + bytes([old[at] ^ bit]) + old[at + 1 :],
+        )
 
 
 def test_a_checkpoint_damaged_anywhere_is_noticed_and_the_one_before_is_used(two_checkpoints, tmp_path):
@@ -181,15 +184,15 @@ def on_tensorboard(path: Path) -> dict[str, list[int]]:
 
 
 def test_tensorboard_shows_each_step_once(tmp_path):
-    with closing(Run(tmp_path)) as run:  # is ended before its first checkpoint
-        train(run, "towers", range(1, 4))
-    with closing(Run(tmp_path)) as run:
-        train(run, "towers", range(1, 10), save_at=(5, 9))
-        train(run, "align", range(1, 3))  # is ended before the stage's first checkpoint
-    with closing(Run(tmp_path)) as run:
-        train(run, "align", range(1, 7), save_at=(4,))
-    with closing(Run(tmp_path)) as run:
-        train(run, "align", range(5, 8))
+    for work in (
+        lambda run: train(run, "towers", range(1, 4)),  # is ended before its first checkpoint
+        lambda run: (train(run, "towers", range(1, 10), save_at=(5, 9)), train(run, "align", range(1, 3))),
+        lambda run: train(run, "align", range(1, 7), save_at=(4,)),
+        lambda run: train(run, "align", range(5, 8)),
+    ):
+        time.sleep(1 - time.time() % 1)  # TensorBoard's files are ordered by the second
+        with closing(Run(tmp_path)) as run:
+            work(run)
     shown = on_tensorboard(tmp_path)
     assert shown["towers/loss"] == list(range(1, 10))
     assert shown["align/loss"] == shown["align/lr"] == list(range(1, 8))
@@ -197,10 +200,10 @@ def test_tensorboard_shows_each_step_once(tmp_path):
 
 def test_what_a_checkpoint_knows_is_on_tensorboard_however_the_process_ends(tmp_path):
     run = Run(tmp_path)
-    train(run, "align", range(1, 6), save_at=(5,))
+    train(run, "align", range(1, 3), save_at=(2,))
     shutil.copytree(tmp_path / "tensorboard", tmp_path / "now" / "tensorboard")
     run.close()
-    assert on_tensorboard(tmp_path / "now")["align/loss"] == [1, 2, 3, 4, 5]
+    assert on_tensorboard(tmp_path / "now")["align/loss"] == [1, 2]
 
 
 def drawn() -> list:
@@ -254,8 +257,3 @@ def test_time_goes_on_and_checkpoints_go_in_the_end(folder):
         run.clear_state()
         assert run.state is None and not (folder / "checkpoints").exists()
         assert len(run.read_metrics()) == 6
-
-
-def test_names_are_in_order_of_time():
-    """`sorted` by name is by number: six digits are enough for a checkpoint a minute, for two years."""
-    assert all(a < b for a, b in itertools.pairwise(f"{n:06d}" for n in (1, 9, 10, 999_999)))

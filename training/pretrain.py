@@ -54,6 +54,7 @@ from clinvla_fast.run import Run, replacing, write_json
 from clinvla_fast.study import StudyBatch
 
 from .console import device_name, one_clear_error, quiet_libraries
+from .dry_run import dry_run
 from .settings import RUNS, Pretrain, parse, store
 
 console = Console(highlight=False)
@@ -96,6 +97,7 @@ class Job:
 
     def __init__(self, settings: Pretrain, device: torch.device):
         self.device, self.settings = device, settings
+        self.out: Path | None = None
         if settings.compile and device.type == "cpu" and not any(map(shutil.which, _compilers())):
             raise DataError("--compile needs a C++ compiler on a CPU: apt-get install g++, or leave --compile out.")
         if settings.fp8 and (reason := float8_refusal(device)):
@@ -105,10 +107,12 @@ class Job:
         self.recipe, self.optimization = settings.recipe, settings.optimization
         precision = _DTYPES.get(settings.precision)
         self.dtype = precision or compute_dtype(device)
-        self.out = from_first(lambda: open_run(settings))
         torch.use_deterministic_algorithms(True, warn_only=True)
 
     def run(self) -> None:
+        if self.settings.dry_run:
+            return dry_run(self, console)
+        self.out = from_first(lambda: open_run(self.settings))
         if (self.out / "summary.json").is_file():
             console.print(f"{self.out} is finished.")
             return self.report(json.loads((self.out / "summary.json").read_text()))
@@ -153,16 +157,20 @@ class Job:
     def phantoms(self) -> Path:
         out = self.out / "data"
         if not (out / "manifest.json").is_file():
-            size = 144 if self.vision is None else 252  # room to crop towers' 128 and 224 from
             with _bar("phantoms") as show:
                 write_phantoms(
                     out,
                     patients=self.settings.patients,
                     seed=self.settings.seed,
-                    size=size,
+                    size=self.phantom_size,
                     progress=lambda done, of: show(done, of, "patients"),
                 )
         return out
+
+    @property
+    def phantom_size(self) -> int:
+        """With room to crop the towers' 128 or 224 pixels from."""
+        return 144 if self.vision is None else 252
 
     def record(self, data: Path | None) -> None:
         """Write run.json; or, in a resumed run, make sure that the data are still the same."""
@@ -234,12 +242,7 @@ class Job:
         self.report_keys(vision=model.vision.key_report, text=model.text.key_report)
         stage = Align(model, self.optimization, self.settings.seed, _warn)
         stage.flops = training_flops(model)
-        sizes = {
-            "params": parameters(model),
-            "flops_per_sample": forward_flops(model, views=2, tokens=model.max_tokens),
-            "flops_per_training_sample": step_flops(model, views=2, tokens=model.max_tokens),
-            "bytes_sent_per_step": bytes_sent(model, self.optimization.batch_size, ranks()),
-        }
+        sizes = self.sizes(model)
         self.describe(run, manifest, sizes)
         self.print_sizes(sizes)
 
@@ -275,20 +278,12 @@ class Job:
 
     def fuse(self, run: Run, data: Path, manifest: dict, held_out: str, vision: str, text: str) -> dict:
         """Train an Adaptor on the towers' outputs, which are computed once; what there is to say of it."""
-        towers = (
-            load_image_encoder(vision, self.dtype).to(self.device),
-            load_text_encoder(text, self.dtype).to(self.device),
-        )
+        towers = self.encoders(vision, text)
         folder = self.settings.features or self.out / "features"
         splits = [split for split in ("train", "validate", held_out) if split in manifest["counts"]["splits"]]
         for split in dict.fromkeys(splits):
             from_first(partial(self.write_features, data, split, folder / split, *towers))
-        torch.manual_seed(self.settings.seed)
-        width = self.recipe.width
-        adaptor = Adaptor(
-            towers[0].width, towers[1].width, width=width, heads=max(1, width // 64), hidden=4 * width,
-            image_encoder=vision, text_encoder=text,
-        ).to(self.device)  # fmt: skip
+        adaptor = self.make_adaptor(*towers)
         stage = Fuse(adaptor, self.dtype, self.settings.seed)
 
         def make_loader(checkpoint: str | None = None, split: str = "train") -> FeatureLoader:
@@ -316,6 +311,19 @@ class Job:
 
     # Parts
 
+    def encoders(self, vision: str, text: str) -> tuple[ImageEncoder, TextEncoder]:
+        return (
+            load_image_encoder(vision, self.dtype).to(self.device),
+            load_text_encoder(text, self.dtype).to(self.device),
+        )
+
+    def make_adaptor(self, image: ImageEncoder, text: TextEncoder) -> Adaptor:
+        torch.manual_seed(self.settings.seed)
+        width = self.recipe.width
+        sizes = {"width": width, "heads": max(1, width // 64), "hidden": 4 * width}
+        names = {"image_encoder": image.name, "text_encoder": text.name}
+        return Adaptor(image.width, text.width, **sizes, **names).to(self.device)
+
     def write_features(self, data: Path, split: str, out: Path, image: ImageEncoder, text: TextEncoder) -> None:
         loader = StudyLoader(
             data,
@@ -341,6 +349,14 @@ class Job:
 
         aligned = self.recipe.global_weight or self.recipe.local_weight
         return measure, _SCORES if aligned else ("image_to_image/precision@5",)
+
+    def sizes(self, model: ClinVLA) -> dict:
+        return {
+            "params": parameters(model),
+            "flops_per_sample": forward_flops(model, views=2, tokens=model.max_tokens),
+            "flops_per_training_sample": step_flops(model, views=2, tokens=model.max_tokens),
+            "bytes_sent_per_step": bytes_sent(model, self.optimization.batch_size, ranks()),
+        }
 
     def describe(self, run: Run, manifest: dict, sizes: dict) -> None:
         """What the model card says beside scores and versions."""
@@ -371,7 +387,7 @@ class Job:
             console.print("{} tower: {} of {} linear layers in FP8".format(kind, *quantise(tower, features)))
 
     def training_loader(self, data: Path, tokenizer, checkpoint: str | None, **sizes) -> StudyLoader:
-        defaults = {"cache": self.settings.cache, "rank": rank(), "ranks": ranks()}
+        defaults = {"cache": self.settings.cache, "cache_folder": self.out, "rank": rank(), "ranks": ranks()}
         return StudyLoader(
             data,
             "train",
@@ -380,7 +396,6 @@ class Job:
             device="gpu" if self.device.type == "cuda" else "cpu",
             seed=self.settings.seed,
             checkpoint=checkpoint,
-            cache_folder=self.out,
             **defaults | sizes,
         )
 
