@@ -21,6 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "bench" / "results" / "cpu-2-cores" / "methods.json"
 METHODS = ("clinvla", "alta", "adaptor", "mrm", "gloria", "convirt")
+BESIDE = {  # what tells whether frozen towers, or how much of an image is seen, make a difference between methods
+    "clinvla, end to end": ["--unfreeze"],
+    "clinvla, every patch": ["--keep", "1"],
+}
 ABLATIONS = {
     "no Transformer-Adapt": ["--adapters", "invertible"],
     "no invertible adapter": ["--adapters", "language", "task"],
@@ -66,7 +70,7 @@ def run_all(out: Path, seeds: int, epochs: int, workers: int) -> dict[str, list[
     pretrain(made, "--epochs", "1")
     given = ["--data", str(made / "data"), "--epochs", str(epochs)]
     given += ["--vision-tower", str(made / "towers" / "vision"), "--text-tower", str(made / "towers" / "text")]
-    jobs = {method: ["--method", method] for method in METHODS} | ABLATIONS
+    jobs = {method: ["--method", method] for method in METHODS} | BESIDE | ABLATIONS
     with ThreadPoolExecutor(workers) as pool:
         running = {}
         for seed in range(seeds):  # so that what is stopped early has every job once
@@ -102,7 +106,7 @@ def tables(found: dict[str, list[dict]]) -> str:
     """Both tables as Markdown."""
     head = ["method", *SCORES, "trainable", "GFLOP a study", "TFLOP in all", "seconds", "GB"]
     rows = [head, ["---"] * len(head)]
-    for name in METHODS:
+    for name in (*METHODS, *BESIDE):
         runs = found[name]
         params, flops = runs[0]["params"], runs[0]["flops_per_training_sample"]
         studies = runs[0]["steps"] * 32
@@ -131,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--store", action="store_true", help=f"write {STORED.relative_to(ROOT)}")
     settings = parser.parse_args()

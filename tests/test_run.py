@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -56,27 +57,27 @@ def folder(two_checkpoints, tmp_path) -> Path:
     return shutil.copytree(two_checkpoints, tmp_path / "run")
 
 
-def places(size: int):
-    """Ways to damage a file of `size` bytes, with words for each."""
-    chance = random.Random(0)
+def flipped(content: bytes, at: int, bit: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
+
+
+def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
+    """What a file may hold after an accident, with words for it."""
+    chance, size = random.Random(0), len(content)
     for length in [0, 1, size - 1, *(chance.randrange(size) for _ in range(PLACES // 2 - 3))]:
-        yield f"cut to {length} bytes", lambda old, length=length: old[:length]
+        yield f"cut to {length} bytes", content[:length]
     for at in [0, size - 1, *(chance.randrange(size) for _ in range(PLACES // 2 - 2))]:
-        bit = 1 << chance.randrange(8)
-        yield (
-            f"bit {bit} flipped at {at}",
-            lambda old, at=at, bit=bit: old[:at] + bytes([old[at] ^ bit]) + old[at + 1 :],
-        )
+        bit = chance.randrange(8)
+        yield f"bit {bit} of byte {at} flipped", flipped(content, at, bit)
 
 
 def test_a_checkpoint_damaged_anywhere_is_noticed_and_the_one_before_is_used(two_checkpoints, tmp_path):
-    size = checkpoints(two_checkpoints)[1].stat().st_size
-    tried = list(places(size))
-    assert len(tried) == PLACES
-    for number, (words, damage) in enumerate(tried):
+    damaged = list(damages(checkpoints(two_checkpoints)[1].read_bytes()))
+    assert len(damaged) == PLACES
+    for number, (words, content) in enumerate(damaged):
         folder = shutil.copytree(two_checkpoints, tmp_path / str(number))
         newest = checkpoints(folder)[1]
-        newest.write_bytes(damage(newest.read_bytes()))
+        newest.write_bytes(content)
         with closing(Run(folder)) as run:
             assert run.damaged == [newest], words
             assert run.state["step"] == 3 and torch.equal(run.state["model"]["layer.weight"], *weights(3).values())

@@ -84,7 +84,8 @@ def open_run(settings: Pretrain) -> Path:
     if settings.resume:
         return settings.out
     out = settings.out or next(p for i in range(1, 10**6) if not (p := RUNS / f"{i:03d}").exists())
-    if out.is_dir() and any(out.iterdir()):
+    begun = {".run.json.partial"}  # by a run that was killed before it could be resumed
+    if out.is_dir() and {path.name for path in out.iterdir()} - begun:
         raise DataError(f"{out} is not empty: pass --resume to go on with that run, or another --out.")
     if settings.data is not None:
         read_manifest(settings.data)
@@ -115,6 +116,8 @@ class Job:
         self.out = from_first(lambda: open_run(self.settings))
         if (self.out / "summary.json").is_file():
             console.print(f"{self.out} is finished.")
+            if rank() == 0:  # a killed run may not have come to it
+                shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
             return self.report(json.loads((self.out / "summary.json").read_text()))
         console.print(f"Run folder: {self.out}")
         try:
