@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .study import VIEWS
 
@@ -66,6 +66,33 @@ class Recipe:
     """Side of the image that is reconstructed, in the towers' image size: 2 is finer than what the tower sees."""
     decoder_blocks: int = 4
     """Of the decoder that reconstructs images."""
+
+    def __post_init__(self):
+        """Raises ValueError: for a name that there is not, or a number out of range."""
+        for name, known in (("adapters", Adapter), ("views", View), ("trained", Trained)):
+            for found in set(getattr(self, name)) - set(get_args(known)):
+                raise ValueError(f"{name} has {found!r}: expected some of {', '.join(get_args(known))}.")
+        if not self.views:
+            raise ValueError("views is empty: expected at least one, the model would see nothing.")
+        for name in ("keep", "masked_words"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a share above 0, at most 1.")
+        for name in ("bottleneck", "width", "max_tokens", "target_scale", "decoder_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1.")
+        for name in ("global_weight", "local_weight", "image_weight", "word_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more.")
+        if not 0 <= self.image_share <= 1:
+            raise ValueError(f"image_share is {self.image_share}: expected a share, 0 to 1.")
+        if min(self.scales) <= 0:
+            raise ValueError(f"scales are {self.scales}: expected all above 0.")
+        if self.image_weight and self.keep == 1:
+            raise ValueError("image_weight reconstructs masked patches, and keep is 1: expected it below 1.")
+        if self.image_weight and "frontal" not in self.views:
+            raise ValueError("image_weight reconstructs the frontal view, and views has none.")
+        if not any((self.global_weight, self.local_weight, self.image_weight, self.word_weight)):
+            raise ValueError("all weights of losses are 0: expected one above.")
 
 
 @dataclass(frozen=True)

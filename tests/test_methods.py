@@ -1,8 +1,8 @@
 """What every method minimises, trains and saves.
 
-Losses are held to a transcription of the formulas: loops in float64 over studies, views, pairs, patches and words, which
-share no code with the package's losses. Weights and temperatures are the papers', written out here. The blocks of the
-towers have tests of their own, so their outputs are taken from them, a study at a time.
+Losses are held to a transcription of the formulas: loops in float64 over studies, views, pairs, patches and words that
+share no code with the package's losses. Weights and fixed temperatures are the papers', written out here. The towers'
+blocks have tests of their own, so what towers give is taken from them, a view or a report at a time.
 """
 
 import math
@@ -23,7 +23,7 @@ from clinvla_fast.modeling.packing import Packing
 from clinvla_fast.modeling.towers import load_text, load_vision
 from clinvla_fast.presets import PRESETS
 from clinvla_fast.pretraining import Align, Fuse
-from clinvla_fast.recipe import Optimization
+from clinvla_fast.recipe import Method, Optimization
 
 MODELS = [name for name, method in METHODS.items() if not method.recipe.fusion]
 # The second has no view, the third no word, the fourth no frontal view; one has every view, two a prior one.
@@ -149,8 +149,7 @@ class _Transcription:
 
     def __init__(self, formula: Formula, model: ClinVLA, batch):
         self.formula, self.model, self.batch, self.w = formula, model, batch, dict(model.named_parameters())
-        ends = np.cumsum([0, *LENGTHS])
-        self.reports = [batch.tokens[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        self.reports = batch.tokens.split(LENGTHS)
         self.views = [self._views(i) for i in range(len(PRESENT))]
         self.hidden = [model.text(report, Packing.of(torch.tensor([len(report)]), "cpu")) for report in self.reports]
 
@@ -174,21 +173,20 @@ class _Transcription:
         return found
 
     def losses(self) -> dict[str, Tensor]:
+        """Each with its weight but those of reconstruction, which `loss` has too."""
         formula, losses = self.formula, {}
         if formula.to_report:
-            losses["global"], losses["local"] = self._cosine() if formula.cosine else self._contrastive()
-        if not formula.local:
-            losses.pop("local", None)
+            losses["global"] = self._cosine_global() if formula.cosine else self._global()
+        if formula.local:
+            losses["local"] = self._cosine_local() if formula.cosine else self._local()
+        whole = sum(losses.values())
         if formula.image:
             losses["image"] = self._image()
+            whole = whole + formula.image * losses["image"]
         if formula.word:
             losses["word"] = self._word()
-        losses["loss"] = sum(losses[name] * weight for name, weight in self._weights().items() if name in losses)
-        return losses
-
-    def _weights(self) -> dict[str, float]:
-        formula = self.formula
-        return {"global": 1.0, "local": 1.0, "image": formula.image, "word": formula.word}
+            whole = whole + formula.word * losses["word"]
+        return losses | {"loss": whole}
 
     # Alignment
 
@@ -220,32 +218,36 @@ class _Transcription:
             return list(self.formula.scales)
         return [scale.exp() if scale.exp() < 100 else torch.tensor(100.0) for scale in self.w["objective.log_scales"]]
 
-    def _contrastive(self) -> tuple[Tensor, Tensor]:
-        scale, tau1, tau2, tau3 = self._scales()
-        formula, pairs = self.formula, self._pairs()
-        both = [self._both(i) for i in pairs]
+    def _global(self) -> Tensor:
+        """InfoNCE of both directions."""
+        scale, both = self._scales()[0], [self._both(i) for i in self._pairs()]
         to_report, to_image = _towards([[scale * _cos(image, text) for _, text in both] for image, _ in both])
-        whole = formula.to_report * to_report + formula.to_image * to_image
-        if not formula.local:
-            return whole, whole
-        parts, logits = [self._parts(i) for i in pairs], []
+        return self.formula.to_report * to_report + self.formula.to_image * to_image
+
+    def _local(self) -> Tensor:
+        """Cross-entropies of both directions, of tau3 log sum_t exp(tau2 cos(word t, its context))."""
+        (_, tau1, tau2, tau3), parts = self._scales(), [self._parts(i) for i in self._pairs()]
+        logits = []
         for patches, _ in parts:
             logits.append([])
             for _, words in parts:
                 contexts = _contexts(patches, words, tau1)
                 matches = [(tau2 * _cos(w, c)).exp() for w, c in zip(words, contexts, strict=True)]
                 logits[-1].append(tau3 * sum(matches).log())
-        return whole, formula.local * sum(_towards(logits))
+        return self.formula.local * sum(_towards(logits))
 
-    def _cosine(self) -> tuple[Tensor, Tensor]:
-        """As ClinVLA prints it: 1 - cos of matched pairs; of words and contexts, first the mean of a study."""
-        pairs, (_, tau1, _, _) = self._pairs(), self._scales()
-        whole = sum(1 - _cos(*self._both(i)) for i in pairs) / len(pairs)
-        local = 0.0
+    def _cosine_global(self) -> Tensor:
+        """As ClinVLA prints it: 1 - cos of matched pairs."""
+        pairs = self._pairs()
+        return sum(1 - _cos(*self._both(i)) for i in pairs) / len(pairs)
+
+    def _cosine_local(self) -> Tensor:
+        """As ClinVLA prints it: 1 - cos of words and their contexts, the mean of a study's, the mean over studies."""
+        pairs, tau1, total = self._pairs(), self._scales()[1], 0.0
         for patches, words in map(self._parts, pairs):
             contexts = _contexts(patches, words, tau1)
-            local = local + sum(1 - _cos(w, c) for w, c in zip(words, contexts, strict=True)) / len(words) / len(pairs)
-        return whole, 2 * self.formula.local * local
+            total = total + sum(1 - _cos(w, c) for w, c in zip(words, contexts, strict=True)) / len(words)
+        return 2 * self.formula.local * total / len(pairs)
 
     # Reconstruction
 
@@ -312,7 +314,7 @@ CASES = {
     "mrm": ("mrm", {}, MRM),
     "mrm-fine": ("mrm", FINE, MRM),
     "gloria": ("gloria", {}, Formula((0,), 64, 1.0, 1.0, 1.0, scales=(10.0, 4.0, 5.0, 10.0))),
-    "convirt": ("convirt", {}, Formula((0,), 64, 0.75, 0.25, 0.0, scales=(10.0,) * 4)),
+    "convirt": ("convirt", {}, Formula((0,), 64, 0.75, 0.25, 0.0, scales=(10.0, 4.0, 5.0, 10.0))),
 }
 SCALES = {"clinvla-reconstructing": [130.0, 4.2, 5.5, 1.7]}  # the first beyond its cap
 
@@ -322,28 +324,226 @@ def case(request, make_model, make_batch):
     """A model in float64, a batch, and what it minimises."""
     method, changes, formula = CASES[request.param]
     model = make_model(small(method, **changes)).double()
-    if model.objective.log_scales.requires_grad:
-        with torch.no_grad():
-            model.objective.log_scales.copy_(torch.tensor(SCALES.get(request.param, [6.0, 4.2, 5.5, 1.7])).log())
+    scales = torch.tensor(formula.scales or SCALES.get(request.param, [6.0, 4.2, 5.5, 1.7]), dtype=torch.float64)
+    if formula.scales:  # up to what float32 has made of their logarithms
+        torch.testing.assert_close(model.objective.scales(), scales, rtol=1e-6, atol=0)
+    model.objective.log_scales.data.copy_(scales.log())
     return model, batch_of(make_batch, model), formula
 
 
 def _weighted(found: dict[str, Tensor], model: ClinVLA) -> dict[str, Tensor]:
-    """Each loss of the alignment with its weight, which the formulas have in them."""
+    """The losses between embeddings with their weights, which the formulas have in them."""
     weights = {"global": model.recipe.global_weight, "local": model.recipe.local_weight}
     return {name: loss.detach() * weights.get(name, 1.0) for name, loss in found.items()}
 
 
 def test_losses_and_gradients_against_the_formulas(case):
     model, batch, formula = case
-    found = _weighted(step(model, batch), model)
-    expected = formula.losses(model, batch)
-    assert found.keys() == expected.keys()
-    for name, loss in expected.items():
-        assert loss.item() > 1e-3 and found[name].item() == pytest.approx(loss.item(), rel=1e-10), name
-    trained = model.trainable()
+    expected, trained = formula.losses(model, batch), model.trainable()
     gradients = torch.autograd.grad(expected["loss"], trained.values(), allow_unused=True)
     largest = max(g.abs().max() for g in gradients if g is not None)
-    for (name, p), gradient in zip(trained.items(), gradients, strict=True):
-        gradient = torch.zeros_like(p) if gradient is None else gradient
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-8, atol=1e-10 * largest.item(), msg=name)
+    for chunk in (None, 3):
+        found = _weighted(step(model, batch, chunk), model)
+        assert found.keys() == expected.keys()
+        for name, loss in expected.items():
+            assert loss.item() > 1e-3 and found[name].item() == pytest.approx(loss.item(), rel=1e-10), name
+        for (name, p), gradient in zip(trained.items(), gradients, strict=True):
+            gradient = torch.zeros_like(p) if gradient is None else gradient
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-11 * largest.item(), msg=name)
+
+
+@pytest.mark.parametrize("case", ["clinvla", "clinvla-fine", "alta", "mrm"], indirect=True)
+def test_gradients_against_finite_differences(case):
+    """Along random directions in the space of all that is trained."""
+    model, batch, _ = case
+    step(model, batch)
+    trained = list(model.trainable().values())
+    gradients = [p.grad.clone() for p in trained]
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(direction: list[Tensor], by: float) -> float:
+        for p, d in zip(trained, direction, strict=True):
+            p.data.add_(d, alpha=by)
+        loss = step(model, batch)["loss"].item()
+        for p, d in zip(trained, direction, strict=True):
+            p.data.sub_(d, alpha=by)
+        return loss
+
+    for _ in range(3):
+        direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in trained]
+        slope = sum((g * d).sum().item() for g, d in zip(gradients, direction, strict=True))
+        numeric = (moved(direction, 1e-7) - moved(direction, -1e-7)) / 2e-7
+        assert abs(slope) > 1e-2 and numeric == pytest.approx(slope, rel=1e-6)
+
+
+def test_an_adaptor_against_its_formula():
+    """Cross-attention and a feed-forward network, post-norm, one block for both modalities; head by head."""
+    torch.manual_seed(0)
+    width, heads = 12, 3
+    adaptor = Adaptor(6, 10, width=width, heads=heads, hidden=20).double()
+    for p in adaptor.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    torch.nn.init.constant_(adaptor.log_scales, 2.0)
+    w, counts = dict(adaptor.named_parameters()), {"image": [4, 7, 0, 1, 5], "text": [3, 1, 2, 0, 6]}
+    tokens = {
+        side: [torch.randn(n, size, dtype=torch.float64) for n in counts[side]]
+        for side, size in (("image", 6), ("text", 10))
+    }
+    padded = {side: torch.nn.utils.rnn.pad_sequence(found, batch_first=True) for side, found in tokens.items()}
+    masks = {f"{side}_mask": torch.arange(max(n)) < torch.tensor(n)[:, None] for side, n in counts.items()}
+
+    def embedding(asking: Tensor, asked: Tensor) -> Tensor:
+        (q, k, v), found = _linear(w, "qkv", torch.cat([asking, asked])).chunk(3, -1), []
+        q, k, v = q[: len(asking)], k[len(asking) :], v[len(asking) :]
+        for head in range(heads):
+            at = slice(head * width // heads, (head + 1) * width // heads)
+            scores = (q[:, at] @ k[:, at].T / math.sqrt(width / heads)).exp()
+            found.append(scores / scores.sum(1, keepdim=True) @ v[:, at])
+        x = _norm(asking + _linear(w, "out", torch.cat(found, 1)), w["norm1.weight"], w["norm1.bias"])
+        x = x + _linear(w, "ffn.2", _gelu(_linear(w, "ffn.0", x)))
+        return _norm(x, w["norm2.weight"], w["norm2.bias"]).sum(0) / len(asking)
+
+    both = {"paired": [], "separate": []}
+    for image, text in zip(tokens["image"], tokens["text"], strict=True):
+        if len(image) and len(text):
+            image, text = _linear(w, "image_in", _norm(image)), _linear(w, "text_in", _norm(text))
+            both["paired"].append((embedding(image, text), embedding(text, image)))
+            both["separate"].append((embedding(image, image), embedding(text, text)))
+    expected = {}
+    for name, scale in zip(both, w["log_scales"].exp(), strict=True):
+        expected[name] = sum(_towards([[scale * _cos(i, t) for _, t in both[name]] for i, _ in both[name]])) / 2
+    expected["loss"] = (expected["paired"] + expected["separate"]) / 2
+    found = Fuse(adaptor, torch.float64, 0)(FeatureBatch(**padded, **masks), SEED)
+    for name, loss in expected.items():
+        assert found[name].item() == pytest.approx(loss.item(), rel=1e-10), name
+    ours, plain = (torch.autograd.grad(x["loss"], list(w.values())) for x in (found, expected))
+    for name, a, b in zip(w, ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=name)
+
+
+# What is trained
+
+
+def _layers(prefix: str, *names: str) -> set[str]:
+    return {f"{prefix}.{name}.{kind}" for name in names for kind in ("weight", "bias")}
+
+
+def _adapters(*names: str) -> set[str]:
+    """Of the blocks: three of the image tower, two of the report tower."""
+    places = [f"vision.adapts.{i}" for i in range(3)] + [f"text.adapts.{i}" for i in range(2)]
+    return {name for place in places for adapter in names for name in _layers(f"{place}.{adapter}", "down", "up")}
+
+
+INVERTIBLE = {n for t in ("vision", "text") for fg in "fg" for n in _layers(f"{t}.invertible.{fg}", "down", "up")}
+HEADS = {reach: _layers(f"image_{reach}", *"023") | _layers(f"text_{reach}", *"023") for reach in ("global", "local")}
+SLOTS, SCALE = {"vision.view_embedding", "vision.time_embedding"}, {"objective.log_scales"}
+NORMS = _layers("vision.vit", "norm", *(f"blocks.{i}.norm{n}" for i in range(3) for n in (1, 2)))
+NORMS |= _layers("text.bert", "embeddings.LayerNorm")
+for layer in ("encoder.layer.0", "encoder.layer.1"):
+    NORMS |= _layers(f"text.bert.{layer}", "attention.output.LayerNorm", "output.LayerNorm")
+WORD_HEAD = _layers("word_head.transform", "0", "2") | {"word_head.bias"}
+DECODER = _layers("decoder", "embed", "norm", "predict") | {"decoder.mask_token", "decoder.position"}
+DECODER |= _layers("decoder.blocks.0", "norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+SEEN = {"image_to_words.weight", "image_to_words.bias"}
+CLINVLA = INVERTIBLE | _adapters("language", "task") | SLOTS | HEADS["global"] | HEADS["local"] | SCALE
+TOWERS = {"all of both towers"}
+TRAINED = {
+    "clinvla": CLINVLA,
+    "clinvla --unfreeze": CLINVLA | TOWERS,
+    "alta": _adapters("attention", "mlp")
+    | (NORMS | {"vision.vit.cls_token", "missing"})
+    | (SLOTS | HEADS["global"] | HEADS["local"] | SCALE | DECODER | WORD_HEAD | SEEN),
+    "mrm": TOWERS | SLOTS | DECODER | WORD_HEAD | SEEN,
+    "gloria": TOWERS | SLOTS | HEADS["global"] | HEADS["local"],
+    "convirt": TOWERS | SLOTS | HEADS["global"],
+}
+
+
+def test_recipes_are_as_published():
+    """One engine, six tables of numbers."""
+    said = {
+        "clinvla": {"bottleneck": 64, "keep": 0.25, "max_tokens": 128, "width": 128, "local_weight": 0.8}
+        | {"batch_size": 32, "weight_decay": 1e-4, "language_lr": 5e-5, "task_lr": 1e-4, "epochs": 30, "warmup": 0.05}
+        | {"scales": (1 / 0.07,) * 4, "learn_scales": True, "objective": "contrastive", "trained": ()},
+        "alta": {"bottleneck": 768 // 4, "keep": 0.25, "masked_words": 0.5, "target_scale": 2, "decoder_blocks": 4}
+        | {"batch_size": 96, "betas": (0.9, 0.95), "weight_decay": 0.05, "decay_vectors": False, "epochs": 30}
+        | {"schedule_epochs": 100, "warmup": 10 / 100, "tower_lr": 1.5e-4 * 96 / 256, "task_lr": 1.5e-4 * 96 / 256}
+        | {"scales": (1 / 0.07,) * 4, "learn_scales": True, "image_in_words": "cls", "missing_views": True},
+        "adaptor": {"fusion": True, "adapters": (), "trained": (), "keep": 1.0, "local_weight": 0.0},
+        "mrm": {"scratch": True, "keep": 0.25, "masked_words": 0.5, "image_in_words": "patches", "global_weight": 0.0}
+        | {"views": ("frontal",), "target_scale": 2, "local_weight": 0.0},
+        "gloria": {"scales": (10.0, 4.0, 5.0, 10.0), "learn_scales": False, "views": ("frontal",), "keep": 1.0},
+        "convirt": {"image_share": 0.75, "local_weight": 0.0, "views": ("frontal",), "keep": 1.0, "learn_scales": False}
+        | {"scales": (1 / 0.1, 4.0, 5.0, 10.0)},
+    }
+    assert METHODS.keys() == said.keys()
+    for name, numbers in said.items():
+        assert type(METHODS[name]) is Method
+        found = vars(METHODS[name].recipe) | vars(METHODS[name].optimization)
+        assert {field: found[field] for field in numbers} == numbers, name
+
+
+def recipe_of(name: str) -> Recipe:
+    method, _, unfrozen = name.partition(" --")
+    return small(method, trained=("towers",)) if unfrozen else small(method)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_is_trained(name, make_model, make_batch, tiny_towers):
+    """Exactly that, and a step gives each of it a gradient and nothing else."""
+    model, expected = make_model(recipe_of(name)), TRAINED[name] - TOWERS
+    if TRAINED[name] & TOWERS:
+        towers = {"vision.vit": load_vision(str(tiny_towers["vision"])).vit}
+        towers["text.bert"] = load_text(str(tiny_towers["text"]))[0].bert
+        expected = expected | {f"{at}.{n}" for at, tower in towers.items() for n, _ in tower.named_parameters()}
+    assert set(model.trainable()) == expected
+    before = {n: x.clone() for n, x in model.named_buffers()}
+    step(model, batch_of(make_batch, model))
+    for n, p in model.named_parameters():
+        assert (p.grad is not None) == (n in expected), n
+        assert p.grad is None or p.grad.any(), n
+    assert all(x.grad is None and torch.equal(x, before[n]) for n, x in model.named_buffers())
+
+
+@pytest.mark.parametrize("name", ["clinvla", "clinvla --unfreeze", "alta", "gloria", "mrm"])
+def test_bfloat16_towers(name, make_model, make_batch):
+    """What is frozen is stored in it; what is trained and its gradients are float32, near those of float32 towers."""
+    gradients, losses = [], []
+    for dtype in (None, torch.bfloat16):
+        model = make_model(recipe_of(name), dtype)
+        losses.append(step(model, batch_of(make_batch, model))["loss"].item())
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.trainable().values())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.trainable().values()]))
+    frozen = [x.dtype for n, x in model.named_buffers() if n.startswith(("vision.vit.", "text.bert."))]
+    assert {x for x in frozen if x.is_floating_point} <= {torch.bfloat16} and losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", [*MODELS, "clinvla --unfreeze"])
+def test_a_saved_model_embeds_the_same(name, make_model, make_batch, tmp_path):
+    model = make_model(recipe_of(name))
+    model.save_pretrained(tmp_path)
+    again, batch = ClinVLA.from_pretrained(tmp_path), make_batch(PRESENT, LENGTHS)
+    assert again.recipe == model.recipe and set(again.trainable()) == set(model.trainable())
+    with torch.no_grad():
+        ours, theirs = model(batch), again(batch)
+    assert ours.image_global.any() and ours.text_global.any()
+    for field, x in vars(ours).items():
+        assert torch.equal(getattr(theirs, field), x), field
+    found, expected = (step(m, batch_of(make_batch, m)) for m in (again, model))
+    assert all(torch.equal(found[name], loss) for name, loss in expected.items())
+
+
+def test_a_saved_adaptor_embeds_the_same(tmp_path):
+    torch.manual_seed(0)
+    adaptor, masks = Adaptor(6, 10, width=16, heads=2, hidden=20), torch.arange(5) < torch.tensor([[5], [2]])
+    batch = FeatureBatch(torch.randn(2, 5, 6), masks, torch.randn(2, 5, 10), masks)
+    adaptor.save(tmp_path)
+    again = Adaptor.load(tmp_path)
+    for way in ("separate", "paired"):
+        assert all(map(torch.equal, getattr(again, way)(batch), getattr(adaptor, way)(batch)))

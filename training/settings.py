@@ -104,9 +104,12 @@ def parse(args: Sequence[str] | None) -> Pretrain:
         if getattr(known, name) not in (None, value):
             raise DataError(f"--{name} is {getattr(known, name)!r}, the settings to start from have {value!r}.")
     with _registry:
-        settings = tyro.cli(
-            Pretrain, prog="python -m training.pretrain", description=_ABOUT, args=args, default=default
-        )
+        try:
+            settings = tyro.cli(
+                Pretrain, prog="python -m training.pretrain", description=_ABOUT, args=args, default=default
+            )
+        except ValueError as error:  # of a recipe
+            raise DataError(str(error)) from None
     if known.resume:
         _same(default, settings)
     return _checked(settings)
@@ -167,6 +170,8 @@ def load(path: Path) -> Pretrain:
         return TypeAdapter(Pretrain).validate_python(_merged(asdict(base), stored, Pretrain, ""))
     except ValidationError as error:
         wrong = error.errors()[0]
+        if wrong["type"] == "value_error":  # of a recipe, which says all
+            raise DataError(f"{path}: {wrong['ctx']['error']}") from None
         where = ".".join(map(str, wrong["loc"]))
         raise DataError(f"{path}: {where} is {wrong['input']!r}: {wrong['msg']}.") from None
     except DataError as error:
@@ -210,6 +215,13 @@ def _checked(settings: Pretrain) -> Pretrain:
     Raises:
         DataError: for values that cannot be.
     """
+    if settings.recipe.fusion:
+        asked = {"chunk": settings.optimization.chunk, "unfreeze": settings.unfreeze, "fp8": settings.fp8}
+        asked["stop-on-collapse"] = settings.optimization.stop_on_collapse
+        for name in (name for name, value in asked.items() if value):
+            raise DataError(
+                f"--{name} has no meaning for a method whose towers' outputs are computed once: leave it out."
+            )
     if settings.unfreeze and "towers" not in settings.recipe.trained:
         trained = (*settings.recipe.trained, "towers")
         settings = replace(settings, recipe=replace(settings.recipe, trained=trained))

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 _PANELS = (
     ("towers: masked modelling", "towers", ("image", "word")),
-    ("alignment: losses", "align", ("global", "local")),
+    ("alignment: losses", "align", ("global", "local", "image", "word", "paired", "separate")),
     ("alignment: spread of embeddings", "align", ("image_variance", "text_variance")),
     ("validation: recall@10", "align", ("text_to_image/recall@10", "image_to_text/recall@10")),
 )

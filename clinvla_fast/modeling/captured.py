@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..study import Embeddings, StudyBatch
+from ..study import VIEWS, Embeddings, StudyBatch
 from .model import ClinVLA
 from .packing import Grid, Packing
 
@@ -74,12 +74,17 @@ class Captured:
         batch_sizes: a batch is padded up to the next of these; one larger than all of them goes in parts.
 
     Raises:
-        ValueError: if there is no batch size, or one below 1.
+        ValueError: if there is no batch size, or one below 1, or the model's recipe leaves out views, an embedding or
+            frozen towers.
     """
 
     def __init__(self, model: ClinVLA, batch_sizes: Sequence[int] = (1, 8, 32, 128)):
         if not batch_sizes or min(batch_sizes) < 1:
             raise ValueError(f"batch_sizes are {list(batch_sizes)}: expected one or more, from 1 up.")
+        recipe = model.recipe
+        whole = recipe.views == VIEWS and recipe.global_weight and recipe.local_weight and not recipe.missing_views
+        if not whole or (recipe.trained and model.dtype is not None):
+            raise ValueError("expected a model of all views, with both embeddings and towers that are frozen.")
         self.model = model.eval()
         self.batch_sizes = sorted(set(batch_sizes))
         self._graphs: dict[tuple[int, int, int], _Graph] = {}
