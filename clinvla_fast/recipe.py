@@ -66,6 +66,8 @@ class Recipe:
     """Side of the image that is reconstructed, in the towers' image size: 2 is finer than what the tower sees."""
     decoder_blocks: int = 4
     """Of the decoder that reconstructs images."""
+    train_decoder: bool = True
+    """All of it; else its first and last layer and its embeddings alone (ALTA, whose decoder comes from MRM)."""
 
     def __post_init__(self):
         """Raises ValueError: for a name that there is not, or a number out of range."""

@@ -1,7 +1,7 @@
 """ALTA (arXiv 2506.08990): adapters on the attention and beside the feed-forward network, norms and CLS trained, and
 four losses: global, local, masked image reconstruction at twice the resolution, masked words that see the image.
 
-The published decoder is MRM's, trained, of which only the ends are trained on; here it is new, so all of it is trained.
+As published, of the decoder only the ends are trained. Its blocks are MRM's there; without those weights, random.
 """
 
 from ..recipe import Method, Optimization, Recipe
@@ -17,6 +17,7 @@ METHOD = Method(
         word_weight=1.0,
         image_in_words="cls",
         target_scale=2,
+        train_decoder=False,
     ),
     Optimization(
         batch_size=96,

@@ -108,6 +108,8 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         if recipe.image_weight:
             vision, pixels = self.vision, (self.vision.patch_size * recipe.target_scale) ** 2
             self.decoder = ImageDecoder(vision.width, vision.patches, pixels, recipe.decoder_blocks, vision.width)
+            for part in (self.decoder.blocks, self.decoder.norm):
+                part.requires_grad_(recipe.train_decoder)
         if recipe.word_weight:
             self.word_head = WordHead(self.text.width, self.text.word_embeddings.num_embeddings)
             if recipe.image_in_words != "none":
@@ -369,7 +371,7 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
                 names[kind] = str(path.relative_to(folder) if path.is_relative_to(folder) else path)
         config = {**names, "recipe": asdict(self.recipe)}
         (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        weights = save({name: p.detach().cpu().contiguous() for name, p in self.trainable().items()})
+        weights = save({name: p.detach().cpu().contiguous() for name, p in self.named_parameters()})
         with replacing(save_directory / _WEIGHTS) as partial:
             partial.write_bytes(weights)
 
@@ -394,9 +396,10 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
             weights = load_file(folder / _WEIGHTS)
         except SafetensorError as error:
             raise DataError(f"{folder / _WEIGHTS} is damaged ({error}): copy or train the model again.") from None
-        expected = {name: p.shape for name, p in model.trainable().items()}
-        if {name: p.shape for name, p in weights.items()} != expected:
-            odd = sorted(set(weights) ^ set(expected)) or [n for n in expected if weights[n].shape != expected[n]]
+        known = {name: p.shape for name, p in model.named_parameters()}
+        odd = sorted((weights.keys() - known.keys()) | (model.trainable().keys() - weights.keys()))
+        odd += [name for name in weights if name in known and weights[name].shape != known[name]]
+        if odd:
             raise DataError(f"{folder / _WEIGHTS} does not fit the recipe and towers in config.json: see {odd[0]}.")
         model.load_state_dict(weights, strict=False)
         return model

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -35,14 +35,14 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 def serve() -> None:
     """For each line, a `Job` in JSON: fork its processes, print the first one's number, then how the worst ended."""
     import clinvla_fast.fit
-    import training.pretrain
+    from training.pretrain import main
 
     clinvla_fast.fit._SAVE_SECONDS = -1  # a checkpoint after every step
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
     print("ready", flush=True)
     for line in sys.stdin:
         job = Job(**json.loads(line))
-        processes = [fork(job, variables) for variables in job.processes]
+        processes = [fork(main, job, variables) for variables in job.processes]
         print(processes[0], flush=True)
         print(max(os.waitpid(process, 0)[1] for process in processes), flush=True)
 
@@ -62,7 +62,8 @@ class Job:
     processes: Sequence[dict[str, str]] = ({},)
 
 
-def fork(job: Job, variables: dict[str, str]) -> int:
+def fork(main: Callable, job: Job, variables: dict[str, str]) -> int:
+    """Start a process of a job; its number."""
     if process := os.fork():
         return process
     os.environ.update(variables)
@@ -72,7 +73,7 @@ def fork(job: Job, variables: dict[str, str]) -> int:
     if job.die_at:
         die_at(*job.die_at)
     try:
-        sys.modules["training.pretrain"].main(job.arguments)
+        main(job.arguments)
     except SystemExit as end:
         os._exit(end.code)
     except BaseException:
