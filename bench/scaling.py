@@ -55,7 +55,7 @@ def main() -> None:
         model = published(Path(folder))
         study, pair = step_flops(model, VIEWS, WORDS), pair_flops(model)
     print(f"a study {study / 1e9:.1f} GFLOP, a pair {pair / 1e6:.1f} MFLOP, {OWN} studies a process\n")
-    head = "processes", "batch", "towers, ms", "local loss, ms", "sent, MB", "of it gradients, MB", "wire, ms", "efficiency"
+    head = "processes", "batch", "towers, ms", "local loss, ms", "sent, MB", "gradients, MB", "wire, ms", "efficiency"
     print(f"| {' | '.join(head)} |\n| {' | '.join(['---'] * len(head))} |")
     trained = sum(p.nbytes for p in model.trainable().values())
     for n in PROCESSES:

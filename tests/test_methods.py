@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from clinvla_fast import ClinVLA, Recipe, ops
+from clinvla_fast import ClinVLA, DataError, Recipe, StudyBatch, ops
 from clinvla_fast.data.features import FeatureBatch
 from clinvla_fast.methods import METHODS
 from clinvla_fast.modeling.adaptor import Adaptor
@@ -442,7 +443,8 @@ NORMS |= _layers("text.bert", "embeddings.LayerNorm")
 for layer in ("encoder.layer.0", "encoder.layer.1"):
     NORMS |= _layers(f"text.bert.{layer}", "attention.output.LayerNorm", "output.LayerNorm")
 WORD_HEAD = _layers("word_head.transform", "0", "2") | {"word_head.bias"}
-DECODER = _layers("decoder", "embed", "norm", "predict") | {"decoder.mask_token", "decoder.position"}
+ENDS = _layers("decoder", "embed", "predict") | {"decoder.mask_token", "decoder.position"}
+DECODER = ENDS | _layers("decoder", "norm")
 DECODER |= _layers("decoder.blocks.0", "norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 SEEN = {"image_to_words.weight", "image_to_words.bias"}
 CLINVLA = INVERTIBLE | _adapters("language", "task") | SLOTS | HEADS["global"] | HEADS["local"] | SCALE
@@ -452,7 +454,7 @@ TRAINED = {
     "clinvla --unfreeze": CLINVLA | TOWERS,
     "alta": _adapters("attention", "mlp")
     | (NORMS | {"vision.vit.cls_token", "missing"})
-    | (SLOTS | HEADS["global"] | HEADS["local"] | SCALE | DECODER | WORD_HEAD | SEEN),
+    | (SLOTS | HEADS["global"] | HEADS["local"] | SCALE | ENDS | WORD_HEAD | SEEN),
     "mrm": TOWERS | SLOTS | DECODER | WORD_HEAD | SEEN,
     "gloria": TOWERS | SLOTS | HEADS["global"] | HEADS["local"],
     "convirt": TOWERS | SLOTS | HEADS["global"],
@@ -468,7 +470,8 @@ def test_recipes_are_as_published():
         "alta": {"bottleneck": 768 // 4, "keep": 0.25, "masked_words": 0.5, "target_scale": 2, "decoder_blocks": 4}
         | {"batch_size": 96, "betas": (0.9, 0.95), "weight_decay": 0.05, "decay_vectors": False, "epochs": 30}
         | {"schedule_epochs": 100, "warmup": 10 / 100, "tower_lr": 1.5e-4 * 96 / 256, "task_lr": 1.5e-4 * 96 / 256}
-        | {"scales": (1 / 0.07,) * 4, "learn_scales": True, "image_in_words": "cls", "missing_views": True},
+        | {"scales": (1 / 0.07,) * 4, "learn_scales": True, "image_in_words": "cls", "missing_views": True}
+        | {"train_decoder": False},
         "adaptor": {"fusion": True, "adapters": (), "trained": (), "keep": 1.0, "local_weight": 0.0},
         "mrm": {"scratch": True, "keep": 0.25, "masked_words": 0.5, "image_in_words": "patches", "global_weight": 0.0}
         | {"views": ("frontal",), "target_scale": 2, "local_weight": 0.0},
@@ -547,3 +550,26 @@ def test_a_saved_adaptor_embeds_the_same(tmp_path):
     again = Adaptor.load(tmp_path)
     for way in ("separate", "paired"):
         assert all(map(torch.equal, getattr(again, way)(batch), getattr(adaptor, way)(batch)))
+
+
+@pytest.mark.parametrize("method", [*MODELS])
+def test_films_are_embedded_as_batches_are(tiny_towers, make_batch, shake, method):
+    model = ClinVLA(**tiny_towers, recipe=small(method))
+    shake(model)
+    batch = make_batch([[1, 1, 0, 0]], [5])
+    film = {"frontal": batch.images[0, 0].numpy(), "lateral": batch.images[0, 1].numpy()}
+    expected = normalize(model(batch).image_global, dim=-1)
+    torch.testing.assert_close(model.encode_images([film]), expected)
+    two_slots = StudyBatch(batch.images[:, :2], batch.present[:, :2], batch.tokens, batch.lengths)
+    torch.testing.assert_close(normalize(model(two_slots).image_global, dim=-1), expected)
+    assert model.image_features(batch).shape == (1, model.vision.width)
+    if "lateral" not in model.recipe.views:
+        with pytest.raises(DataError, match="this model looks at frontal alone"):
+            model.encode_images([{"lateral": film["lateral"]}])
+
+
+def test_nothing_is_trained_below_the_lowest_adapters(tiny_towers):
+    model = ClinVLA(**tiny_towers, recipe=small("alta", adapter_blocks=(1,)))
+    below = ("vision.vit.blocks.0.", "vision.vit.cls_token", "text.bert.embeddings.", "text.bert.encoder.layer.0.")
+    assert not [name for name in model.trainable() if name.startswith((*below, "vision.view_embedding"))]
+    assert "vision.vit.blocks.1.norm1.weight" in model.trainable()

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, cross_entropy, normalize
+from torch.nn.functional import avg_pool2d, cross_entropy, normalize, pad
 
 from .. import ops
 from ..data.radiographs import read_radiograph
@@ -83,9 +83,19 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
             swap(tower)
         self.vision.add_adapters(self.recipe)
         self.text.add_adapters(self.recipe)
+        self._freeze_below(self.recipe)
         self._add_heads(self.recipe)
         self._add_decoders(self.recipe)
         self.eval()
+
+    def _freeze_below(self, recipe: Recipe) -> None:
+        """What lies below the lowest block with adapters, so that no backward pass goes there."""
+        lowest = min(recipe.adapter_blocks or (0,))
+        if lowest and "towers" not in recipe.trained:
+            vit, bert = self.vision.vit, self.text.bert
+            for part in (*vit.blocks[:lowest], vit.patch_embed, bert.embeddings, *bert.encoder.layer[:lowest]):
+                part.requires_grad_(False)
+            vit.cls_token.requires_grad_(False)
 
     def _add_heads(self, recipe: Recipe) -> None:
         """A head for each embedding that has a loss: the others would never be trained."""
@@ -129,7 +139,7 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
     @torch.no_grad()
     def standardise_heads(self, batch: StudyBatch) -> None:
         """Fit the scale of new heads to the towers' features of one batch of at least two studies, all with a view."""
-        images, present = self._seen(batch)
+        images, present = self._seen(batch.images, batch.present)
         packing = Packing.of(batch.lengths, batch.tokens.device)
         tokens, hidden = self._image_tokens(images, present, None), self._words(batch.tokens, packing)
         if self.image_global is not None:
@@ -141,7 +151,7 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
 
     def forward(self, batch: StudyBatch, mask_seed: int | None = None) -> Embeddings:
         """Embeddings of a batch; with a seed, from the share of patches that the recipe keeps, drawn by it."""
-        images, present = self._seen(batch)
+        images, present = self._seen(batch.images, batch.present)
         tokens = self._image_tokens(images, present, self._draw(present, mask_seed))
         return Embeddings(*self._image_side(tokens, present), *self.embed_reports(batch.tokens, batch.lengths))
 
@@ -153,7 +163,7 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
             seed: of all that is drawn, for each study by its row in the whole batch.
             reconstruct: False leaves the losses out.
         """
-        images, present = self._seen(batch)
+        images, present = self._seen(batch.images, batch.present)
         kept = self._draw(present, seed, batch.row)
         tokens = self._image_tokens(images, present, kept)
         losses = {}
@@ -173,16 +183,13 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
             found["word"] = sum(masked_words(n, self.recipe.masked_words) for n in batch.lengths.tolist())
         return found
 
-    def _seen(self, batch: StudyBatch) -> tuple[Tensor, Tensor]:
+    def _seen(self, images: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Images at the tower's size, and the views that the recipe looks at."""
-        images, present, size = batch.images, batch.present, self.vision.image_size
+        size = self.vision.image_size
         if images.shape[-1] == size * self.recipe.target_scale != size:
             images = avg_pool2d(images.float(), self.recipe.target_scale).round().to(images.dtype)
-        hidden = [column for column, view in enumerate(VIEWS) if view not in self.recipe.views]
-        if hidden:
-            present = present.clone()
-            present[:, [column for column in hidden if column < present.shape[1]]] = False
-        return images, present
+        looked_at = torch.tensor([view in self.recipe.views for view in VIEWS], device=present.device)
+        return images, present & looked_at[: present.shape[1]]
 
     def _draw(self, present: Tensor, seed: int | None, row: int = 0) -> Tensor | None:
         """The patches that present views keep; None for all. What is drawn depends on the row: those before it are
@@ -232,6 +239,7 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
 
         Args: as VisionTower.
         """
+        images, present = self._seen(images, present)
         return self._image_side(self._image_tokens(images, present, kept), present)
 
     def _image_side(self, tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,12 +258,13 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
 
     def image_features(self, batch: StudyBatch) -> Tensor:
         """What the image heads see of a study, whole views and CLS alone: [B, width]."""
-        return self._mean_cls(self.vision(batch.images, batch.present), batch.present)
+        images, present = self._seen(batch.images, batch.present)
+        return self._mean_cls(self._image_tokens(images, present, None), present)
 
     def text_features(self, batch: StudyBatch) -> Tensor:
         """What the report heads see of a study, CLS alone: [B, width]."""
         packing = Packing.of(batch.lengths, batch.tokens.device)
-        return self.text(batch.tokens, packing)[packing.first]
+        return self._words(batch.tokens, packing)[packing.first]
 
     def _mean_cls(self, tokens: Tensor, present: Tensor) -> Tensor:
         """Mean CLS token of each study's views: [B, width], zero without a view. A recipe may have a learned token for
@@ -263,9 +272,9 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         if self.missing is None:
             return _mean_of_views(tokens[:, 0], present)
         sums = _mean_of_views(tokens[:, 0], present) * present.sum(1)[:, None]
-        looked_at = torch.tensor([view in self.recipe.views for view in VIEWS], device=present.device)
-        absent = (looked_at[: present.shape[1]] & ~present).to(sums.dtype)
-        return (sums + absent @ self.missing[: present.shape[1]]) / looked_at[: present.shape[1]].sum()
+        columns = [column for column, view in enumerate(VIEWS) if view in self.recipe.views]
+        absent = ~pad(present, (0, len(VIEWS) - present.shape[1]))[:, columns]
+        return (sums + absent.to(sums.dtype) @ self.missing[columns]) / len(columns)
 
     @staticmethod
     def _mean_patches(tokens: Tensor, present: Tensor) -> Tensor:
@@ -304,8 +313,8 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
             [len(studies), D] on the model's device.
 
         Raises:
-            DataError: if a study has no view, or a name that is none of VIEWS, or a file cannot be read, or pixels are
-                no uint8 [H, W].
+            DataError: if a study has no view that the recipe looks at, or a name that is none of VIEWS, or a file cannot
+                be read, or pixels are no uint8 [H, W].
         """
         size = self.vision.image_size
         parts = []
@@ -317,6 +326,9 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
                 if not study or set(study) - set(VIEWS):
                     known = ", ".join(VIEWS)
                     raise DataError(f"study {start + row} has views {sorted(study)}: expected one or more of {known}.")
+                if not set(study) & set(self.recipe.views):
+                    seen = ", ".join(self.recipe.views)
+                    raise DataError(f"study {start + row} has views {sorted(study)}: this model looks at {seen} alone.")
                 for view, image in study.items():
                     column = VIEWS.index(view)
                     pixels = image if isinstance(image, np.ndarray) else read_radiograph(image, size)
@@ -397,7 +409,7 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         except SafetensorError as error:
             raise DataError(f"{folder / _WEIGHTS} is damaged ({error}): copy or train the model again.") from None
         known = {name: p.shape for name, p in model.named_parameters()}
-        odd = sorted((weights.keys() - known.keys()) | (model.trainable().keys() - weights.keys()))
+        odd = sorted(weights.keys() ^ known.keys())
         odd += [name for name in weights if name in known and weights[name].shape != known[name]]
         if odd:
             raise DataError(f"{folder / _WEIGHTS} does not fit the recipe and towers in config.json: see {odd[0]}.")

@@ -175,11 +175,11 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(jobs, undisturbe
     (whole, seconds), chance, kills, found = undisturbed, random.Random(1), 0, Counter()
     while kills < KILLS:
         out = tmp_path / f"run-after-{kills}"
-        log, moment = out.with_suffix(".log"), chance.uniform(0, seconds)
-        while jobs.run(*go_on(out), log=log, seconds=moment):
+        log = out.with_suffix(".log")
+        # Half a job at most: its second half is where those that go on are killed.
+        while jobs.run(*go_on(out), log=log, seconds=chance.uniform(0, seconds / 2) if kills < KILLS else None):
             kills += 1
             found[where(out)] += 1
-            moment = chance.uniform(0, seconds / 2) if kills < KILLS else None  # less is left to do
         assert result(out) == result(whole), log.read_text()
     print(f"\nkilled {kills} times over jobs of {seconds:.1f} s:", dict(found.most_common()))
 
