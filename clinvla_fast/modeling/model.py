@@ -313,8 +313,8 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
             [len(studies), D] on the model's device.
 
         Raises:
-            DataError: if a study has no view that the recipe looks at, or a name that is none of VIEWS, or a file cannot
-                be read, or pixels are no uint8 [H, W].
+            DataError: if a study has no view that the recipe looks at, or a name that is none of VIEWS, or a file
+                cannot be read, or pixels are no uint8 [H, W].
         """
         size = self.vision.image_size
         parts = []
