@@ -193,7 +193,7 @@ class Job:
         random for a method that starts from scratch."""
         made = self.out / "towers"
         names = self.vision or str(made / "vision"), self.text or str(made / "text")
-        if made.is_dir() or not (self.vision is None or self.text is None or self.recipe.scratch):
+        if from_first(made.is_dir) or not (self.vision is None or self.text is None or self.recipe.scratch):
             return names
         torch.manual_seed(self.settings.seed)
         if self.text is None:

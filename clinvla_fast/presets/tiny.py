@@ -25,6 +25,7 @@ PRESET = Preset(
         "decoder_blocks": 1,
     },
     of_method={
+        "clinvla": {"language_lr": 3e-3, "task_lr": 4.5e-3},
         "alta": {"bottleneck": 32, "language_lr": 1.5e-3},
         "adaptor": {"width": 128, "weight_decay": 1e-4},
         "mrm": {"tower_lr": 3e-3, "task_lr": 3e-3},

@@ -28,7 +28,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("CLINVLA_KILLS", 8))
 SMALL = ["--patients", "24", "--towers.epochs", "1", "--epochs", "2", "--batch-size", "8", "--towers.batch-size", "8"]
-SMALL += ["--device", "cpu"]
+SMALL += ["--ema", "0.9", "--patience", "3", "--device", "cpu"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
