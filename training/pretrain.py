@@ -151,7 +151,8 @@ class Job:
                     write_json(self.out / "summary.json", summary)
                 run.clear_state()
         except KeyboardInterrupt:
-            console.print(f"Go on with: python -m training.pretrain --resume --out {self.out}", soft_wrap=True)
+            start = "python" if ranks() == 1 else f"torchrun --nproc-per-node {ranks()}"
+            console.print(f"Go on with: {start} -m training.pretrain --resume --out {self.out}", soft_wrap=True)
             raise
         self.report(summary)
 
