@@ -144,10 +144,7 @@ class Job:
                 }
                 if rank() == 0:
                     draw_curves(run.read_metrics(), self.out / "curves.png")
-                    scores = {
-                        f"{way}/{name}": x for way, found in done["retrieval"].items() for name, x in found.items()
-                    }
-                    run.write_card(f"Trained: {done['steps']:,} steps. Evaluated on {held_out}.", scores)
+                    run.write_card(f"Trained: {done['steps']:,} steps. Evaluated on {held_out}.", _flat(done["retrieval"]))
                     write_json(self.out / "summary.json", summary)
                 run.clear_state()
         except KeyboardInterrupt:
@@ -193,7 +190,9 @@ class Job:
         """Names or paths of both towers. Where the preset has none they are made here, by masked modelling, or left
         random for a method that starts from scratch."""
         made = self.out / "towers"
-        names = self.vision or str(made / "vision"), self.text or str(made / "text")
+        names = str(made / "vision"), str(made / "text")
+        if not self.recipe.scratch:
+            names = self.vision or names[0], self.text or names[1]
         if from_first(made.is_dir) or not (self.vision is None or self.text is None or self.recipe.scratch):
             return names
         torch.manual_seed(self.settings.seed)
@@ -212,7 +211,7 @@ class Job:
                 save_vision(vision.cpu(), folder / "vision")
                 save_text(text.cpu(), tokenizer, folder / "text")
         from_first(lambda: None)
-        return str(made / "vision"), str(made / "text")
+        return names
 
     def make_towers(self, run: Run, data: Path, model: MaskedModeling, tokenizer) -> None:
         settings = self.settings.towers

@@ -94,7 +94,8 @@ def parse(args: Sequence[str] | None) -> Pretrain:
     first.add_argument("--resume", action="store_true")
     known, _ = first.parse_known_args([arg.replace("_", "-", 1) if arg == "--dry_run" else arg for arg in args])
     if known.resume:
-        default = replace(load(_to_resume(known.out)), resume=True)
+        run = _to_resume(known.out)
+        default = replace(load(run), out=run.parent, resume=True)
     elif known.config:
         default = replace(load(Path(known.config)), out=None, resume=False, dry_run=False)
     else:

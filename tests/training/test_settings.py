@@ -114,6 +114,15 @@ def test_a_config_of_another_method(tmp_path):
         parse(["--config", str(path), "--method", "mrm"])
 
 
+def test_the_newest_run_goes_on_where_it_lies_now(tmp_path, monkeypatch):
+    for name, moved in (("001", "001"), ("002", "copied")):
+        (tmp_path / "runs" / moved).mkdir(parents=True)
+        stored = store(parse(["--out", f"runs/{name}"]))
+        (tmp_path / "runs" / moved / "run.json").write_text(json.dumps({"settings": stored}))
+    monkeypatch.chdir(tmp_path)
+    assert str(parse(["--resume"]).out) == "runs/copied"
+
+
 def test_a_run_goes_on_with_its_own_settings(tmp_path):
     settings = parse(["--epochs", "3", "--out", str(tmp_path), "--compile", "--device", "cpu"])
     (tmp_path / "run.json").write_text(json.dumps({"settings": store(settings)}))
