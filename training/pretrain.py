@@ -144,7 +144,8 @@ class Job:
                 }
                 if rank() == 0:
                     draw_curves(run.read_metrics(), self.out / "curves.png")
-                    run.write_card(f"Trained: {done['steps']:,} steps. Evaluated on {held_out}.", _flat(done["retrieval"]))
+                    stands = f"Trained: {done['steps']:,} steps. Evaluated on {held_out}."
+                    run.write_card(stands, _flat(done["retrieval"]))
                     write_json(self.out / "summary.json", summary)
                 run.clear_state()
         except KeyboardInterrupt:
