@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .packing import Packing
-from .towers import _unavailable
+from .towers import load_text, load_vision, unavailable
 
 
 class _Frozen(nn.Module):
@@ -168,13 +168,19 @@ def load_image_encoder(name: str | Path, dtype: torch.dtype | None = None) -> Im
 
     Args:
         name: a folder that timm's `save_for_hf` or Hugging Face's `save_pretrained` wrote (with the preprocessor's
-            configuration), a model's name in timm, "timm/..." on the hub, or any other name there.
+            configuration), a file of a ViT's weights (see `load_vision`), a model's name in timm, "timm/..." on the
+            hub, or any other name there.
         dtype: what it is stored and computes in; None: as it was saved.
 
     Raises:
         TowerUnavailable: if there is no such thing here or on the hub, or it reads no square images.
     """
     name = str(name)
+    if Path(name).is_file():
+        tower = load_vision(name)
+        pixels = {"mean": tuple(tower.mean.tolist()), "std": tuple(tower.std.tolist())}
+        sizes = {"image_size": tower.image_size, "channels": tower.vit.patch_embed.proj.in_channels}
+        return ImageEncoder(tower.vit, name, **sizes, **pixels, dtype=dtype)
     try:
         config = Path(name) / "config.json"
         if config.is_file():
@@ -187,20 +193,24 @@ def load_image_encoder(name: str | Path, dtype: torch.dtype | None = None) -> Im
         return ImageEncoder(model, name, **settings, dtype=dtype)
     except Exception as error:  # timm, transformers and their hub client raise whatever their parts raise
         expected = "an image model's name on timm's or Hugging Face's hub, or a folder that either saved"
-        raise _unavailable("vision", name, expected, error) from error
+        raise unavailable("vision", name, expected, error) from error
 
 
 def load_text_encoder(name: str | Path, dtype: torch.dtype | None = None) -> TextEncoder:
     """Any Hugging Face text encoder with its pretrained weights, from safetensors or a weights-only checkpoint.
 
     Args:
-        name: a folder written by `save_pretrained`, the tokenizer's too, or a name on the hub.
+        name: a folder written by `save_pretrained`, the tokenizer's too, a file of a BERT's weights with its tokenizer
+            beside it (see `load_text`), or a name on the hub.
         dtype: what it is stored and computes in; None: as it was saved.
 
     Raises:
         TowerUnavailable: if there is no such thing here or on the hub, or its tokenizer knows no CLS and SEP.
     """
     name = str(name)
+    if Path(name).is_file():
+        tower, tokenizer = load_text(name)
+        return TextEncoder(tower.bert, tokenizer, name, dtype)
     try:
         model, tokenizer = _huggingface(name), AutoTokenizer.from_pretrained(name)
         if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
@@ -208,7 +218,7 @@ def load_text_encoder(name: str | Path, dtype: torch.dtype | None = None) -> Tex
         return TextEncoder(model, tokenizer, name, dtype)
     except Exception as error:
         expected = "a text encoder's name on Hugging Face's hub, or a folder with its weights and tokenizer"
-        raise _unavailable("text", name, expected, error) from error
+        raise unavailable("text", name, expected, error) from error
 
 
 def _timm(source: str) -> tuple[nn.Module, dict]:

@@ -39,7 +39,8 @@ class TowerUnavailable(DataError):
     """A tower's weights cannot be had, or are of another kind. The message says what to pass."""
 
 
-def _unavailable(kind: str, name: str, expected: str, error: Exception) -> TowerUnavailable:
+def unavailable(kind: str, name: str, expected: str, error: Exception) -> TowerUnavailable:
+    """The error that says why a tower cannot be had, and what to pass."""
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return TowerUnavailable(
         f"{kind} tower {name!r} is neither on this machine nor to be had from its hub ({reason}). "
@@ -70,7 +71,7 @@ def load_vision(name: str) -> VisionTower:
         vit = timm.create_model(source, pretrained=True, num_classes=0, global_pool="token")
     except Exception as error:  # timm and its hub client raise whatever their parts raise
         expected = "a timm ViT's name, a folder that timm saved, or a file of a ViT's weights"
-        raise _unavailable("vision", name, expected, error) from error
+        raise unavailable("vision", name, expected, error) from error
     if not isinstance(vit, VisionTransformer):
         raise TowerUnavailable(f"vision tower {name!r} is a {type(vit).__name__}: expected a VisionTransformer.")
     pixels, channels = timm.data.resolve_model_data_config(vit), vit.patch_embed.proj.in_channels
@@ -132,7 +133,7 @@ def load_text(name: str) -> tuple[TextTower, PreTrainedTokenizerFast]:
         tokenizer = (AutoTokenizer if own else BertTokenizerFast).from_pretrained(name)
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         expected = "a BERT's name, a folder that holds its config.json, weights and tokenizer, or a file of its weights"
-        raise _unavailable("text", name, expected, error) from error
+        raise unavailable("text", name, expected, error) from error
     return TextTower(bert), tokenizer
 
 

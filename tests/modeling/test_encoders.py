@@ -207,3 +207,14 @@ class TestReports:
         save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(TowerUnavailable, match=f"its weights lack .*{lost}"):
             load_text_encoder(tmp_path)
+
+
+def test_files_of_weights(tiny_towers):
+    image = load_image_encoder(tiny_towers["vision"] / "model.safetensors")
+    whole = load_image_encoder(tiny_towers["vision"])
+    views = torch.randint(0, 256, (2, 128, 128), dtype=torch.uint8)
+    image.mean, image.std = whole.mean, whole.std  # which only a config.json says
+    torch.testing.assert_close(image(views), whole(views))
+    text, plain = (load_text_encoder(tiny_towers["text"] / name) for name in ("model.safetensors", ""))
+    tokens, lengths = torch.arange(5, 14), torch.tensor([5, 4])
+    torch.testing.assert_close(text(tokens, lengths), plain(tokens, lengths))
