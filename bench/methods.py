@@ -104,19 +104,17 @@ def shown(values: list[float | None], signed: bool = False) -> str:
 
 def tables(found: dict[str, list[dict]]) -> str:
     """Both tables as Markdown."""
-    head = ["method", *SCORES, "trainable", "GFLOP a study", "TFLOP in all", "seconds", "GB"]
+    head = ["method", *SCORES, "trainable", "GFLOP a study", "seconds", "GB"]
     rows = [head, ["---"] * len(head)]
     for name in (*METHODS, *BESIDE):
         runs = found[name]
         params, flops = runs[0]["params"], runs[0]["flops_per_training_sample"]
-        studies = runs[0]["steps"] * 32
         rows.append(
             [
                 name,
                 *(shown([score(run, s) for run in runs]) for s in SCORES),
                 f"{params['trainable'] / params['total']:.1%}",
                 f"{flops / 1e9:.3f}",
-                f"{flops * studies / 1e12:.1f}",
                 f"{statistics.mean(run['wall_seconds'] for run in runs):.0f}",
                 f"{max(run['peak_kib'] for run in runs) / 2**20:.2f}",
             ]

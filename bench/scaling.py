@@ -22,6 +22,7 @@ from clinvla_fast.modeling.towers import save_text, save_vision
 from clinvla_fast.modeling.vision import VisionTower
 
 VIEWS, WORDS, OWN = 2, 64, 32  # a study: two views, a report of mean length; studies a process
+LONGEST = 128  # of a batch's reports, to which words are padded on the wire
 PROCESSES = (1, 8, 64, 256, 1024)
 RATE = 790e12 / 2  # FLOP/s: half of what an H200's bf16 matrix products reach
 WIRE = 50e9  # bytes a second a GPU: 400 Gb/s between machines
@@ -59,7 +60,7 @@ def main() -> None:
     print(f"| {' | '.join(head)} |\n| {' | '.join(['---'] * len(head))} |")
     trained = sum(p.nbytes for p in model.trainable().values())
     for n in PROCESSES:
-        batch, sent = n * OWN, bytes_sent(model, n * OWN, n, WORDS)
+        batch, sent = n * OWN, bytes_sent(model, n * OWN, n, LONGEST)
         towers, local, wire = 1e3 * OWN * study / RATE, 1e3 * OWN * batch * pair / RATE, 1e3 * sent / WIRE
         gradients = 2 * (n - 1) / n * trained
         row = f"{n:,}", f"{batch:,}", f"{towers:.1f}", f"{local:.2f}", f"{sent / 1e6:.1f}", f"{gradients / 1e6:.1f}"

@@ -8,6 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .data.features import FeatureBatch, encode_features
+from .distributed import alone
+from .modeling import attention
 from .modeling.adaptor import Adaptor
 from .modeling.encoders import ImageEncoder, TextEncoder
 from .modeling.model import ClinVLA
@@ -31,19 +33,30 @@ def forward_flops(model: ClinVLA, views: int, tokens: int, *, masked: bool = Fal
         masked: see only the recipe's share of patches, as in training.
     """
     batch = _study(model, views, tokens)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), attention.use("sdpa"), sdpa_kernel(SDPBackend.MATH), counter:
         model(batch, mask_seed=0 if masked else None)
     return counter.get_total_flops()
 
 
-def step_flops(model: ClinVLA, views: int, tokens: int) -> int:
-    """As `forward_flops`, of one masked training step: forward, losses and backward, a study."""
-    batch = _study(model, views, tokens, training=True)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+def step_flops(model: ClinVLA, views: int, tokens: int, studies: int = 1) -> int:
+    """As `forward_flops`, of one masked training step of this many studies: forward, losses and backward.
+
+    Losses between images and reports grow with the square of the studies: see `batch_flops`.
+    """
+    batch = _study(model, views, tokens, studies, training=True)
+    with attention.use("sdpa"), sdpa_kernel(SDPBackend.MATH), alone(), FlopCounterMode(display=False) as counter:
         embeddings, sums = model.train_on(batch, 0)
         (model.objective(embeddings)["loss"] + sum(sums.values())).backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
+
+
+def batch_flops(model: ClinVLA, views: int, tokens: int, studies: int) -> int:
+    """Of a training step of a whole batch: so much a study, and so much a pair of an image and a report."""
+    one, two = (step_flops(model, views, tokens, n) for n in (1, 2))
+    pair = max(0, two - 2 * one) // 2
+    return studies * (one - pair) + studies**2 * pair
 
 
 def training_flops(model: ClinVLA) -> Callable[[StudyBatch], Tensor]:
@@ -93,7 +106,8 @@ def bytes_sent(model: ClinVLA, batch_size: int, ranks: int, tokens: int | None =
     words = 0
     if recipe.local_weight and recipe.objective == "contrastive":
         element = 4 if model.dtype is None else model.dtype.itemsize
-        words = others * own * (tokens or model.max_tokens) * (2 * recipe.width * element + 1)
+        # Gradients go back in float32, as many are summed.
+        words = others * own * (tokens or model.max_tokens) * (recipe.width * (element + 4) + 1)
         words += 2 * 2 * others / ranks * 4 * batch_size
     return round(gradients + whole + words)
 
@@ -116,7 +130,7 @@ def adaptor_cost(
     )
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as once:
         encode_features(study, image, text)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as step:
+    with sdpa_kernel(SDPBackend.MATH), alone(), FlopCounterMode(display=False) as step:
         adaptor.losses(batch.to(image.device))["loss"].backward()
     adaptor.zero_grad(set_to_none=True)
     sent = 2 * (ranks - 1) / ranks * 4 * trained + 4 * 2 * (ranks - 1) * batch_size / ranks * 4 * adaptor.sizes["width"]
@@ -124,16 +138,17 @@ def adaptor_cost(
         "params": {"total": towers + trained, "trainable": trained},
         "flops_per_sample": once.get_total_flops(),
         "flops_per_training_sample": round(step.get_total_flops() / len(batch)),
+        "flops_per_step": round(step.get_total_flops() / len(batch) * batch_size),
         "bytes_sent_per_step": round(sent) if ranks > 1 else 0,
     }
 
 
-def _study(model: ClinVLA, views: int, tokens: int, training: bool = False) -> StudyBatch:
+def _study(model: ClinVLA, views: int, tokens: int, studies: int = 1, training: bool = False) -> StudyBatch:
     # The counter knows no formula for a CPU's fused attention, so both functions run attention as plain products.
     size = model.training_size if training else model.vision.image_size
     return StudyBatch(
-        images=torch.zeros(1, views, size, size, dtype=torch.uint8, device=model.device),
-        present=torch.ones(1, views, dtype=torch.bool, device=model.device),
-        tokens=torch.full((tokens,), 5, device=model.device),
-        lengths=torch.tensor([tokens]),
+        images=torch.zeros(studies, views, size, size, dtype=torch.uint8, device=model.device),
+        present=torch.ones(studies, views, dtype=torch.bool, device=model.device),
+        tokens=torch.full((studies * tokens,), 5, device=model.device),
+        lengths=torch.tensor([tokens] * studies),
     )

@@ -22,12 +22,15 @@ sent = 0
 """Bytes that this rank has sent in the functions below, as ring algorithms send them."""
 
 
+_alone = False
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def own_device(kind: str) -> torch.device:
@@ -40,12 +43,23 @@ def own_device(kind: str) -> torch.device:
 
 
 @contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process is the only one: for what each does by itself."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
+@contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """The processes that torchrun has started, while within; each on its own device: see `own_device`."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:
         yield
         dist.barrier()  # else the first to end takes the others' connections with it
@@ -157,13 +171,14 @@ class _Everyone(Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         counts = ctx.counts
-        padded = grad.new_zeros(len(counts), max(counts), *grad.shape[1:])
+        wide = torch.promote_types(grad.dtype, torch.float32)  # a sum over many ranks in bfloat16 is not one
+        padded = grad.new_zeros(len(counts), max(counts), *grad.shape[1:], dtype=wide)
         for rows, part in zip(padded, grad.split(counts), strict=True):
             rows[: len(part)] = part
         out = torch.empty_like(padded[0])
         _count((len(counts) - 1) * out.nbytes, whole=True)
         dist.reduce_scatter_tensor(out, padded.flatten(0, 1))
-        return out[: counts[rank()]], None
+        return out[: counts[rank()]].to(grad.dtype), None
 
 
 def _count(nbytes: int, whole: bool = False) -> None:

@@ -205,6 +205,8 @@ def fit(
         place, best = state["place"], state["best"]
         if average:
             _copy(average.weights, state["average"])
+        run.state = {"stage": stage.name, "step": place["step"]}  # the rest has found its place
+        del state
 
     def save() -> None:
         run.save_state(

@@ -13,22 +13,24 @@ _USE = """
 ## Use
 
 ```python
-from clinvla_fast import ClinVLA
-
-model = ClinVLA.from_pretrained("this folder")
+{}
 ```
 
 For research. It is no medical device and must not decide about patients.
 """
+_CLINVLA = 'from clinvla_fast import ClinVLA\n\nmodel = ClinVLA.from_pretrained("this folder")'
 
 
-def model_card(about: Mapping[str, Mapping[str, Any]], step: str, scores: Mapping[str, Any]) -> str:
+def model_card(
+    about: Mapping[str, Mapping[str, Any]], step: str, scores: Mapping[str, Any], use: str = _CLINVLA
+) -> str:
     """A README.md with the metadata that the Hugging Face Hub reads.
 
     Args:
         about: tables by their titles.
         step: where training stands, in words.
         scores: the last ones that were measured.
+        use: the Python lines that load it.
     """
     data = ModelCardData(license="apache-2.0", library_name="clinvla-fast", tags=["chest-xray", "vision-language"])
     tables = {**about, "Scores": scores or {"none yet": ""}, "Versions": versions(_MAKERS)}
@@ -36,7 +38,7 @@ def model_card(about: Mapping[str, Mapping[str, Any]], step: str, scores: Mappin
     for title, table in tables.items():
         rows = "".join(f"| {name} | {_shown(value)} |\n" for name, value in table.items())
         parts.append(f"\n## {title}\n\n| | |\n| --- | --- |\n{rows}")
-    return "".join(parts) + _USE
+    return "".join(parts) + _USE.format(use)
 
 
 def _shown(value: Any) -> str:

@@ -85,6 +85,8 @@ def global_contrastive(image: Tensor, text: Tensor, scale: Tensor, rows: Rows, i
         others = rows.everyone(others)  # of every rank, even of one without rows
         if rows.own:
             parts.append(weight * ops.contrastive(own, others, scale, offset=rows.offset, symmetric=False))
+        else:  # nothing to lose, but others' backward passes wait for this one
+            parts.append(others.sum() * 0)
     return rows.weight * sum(parts)
 
 

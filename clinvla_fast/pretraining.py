@@ -5,7 +5,9 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -134,32 +136,52 @@ class Align(Stage):
             (share * losses["loss"]).backward()
             return losses
         parts = batch.parts(self.chunk)
+        if not self.model.aligns:
+            return self._replay(run, parts, seed, share, quiet, counts, {"loss": torch.zeros(())}, lambda *_: _nothing)
         with torch.no_grad():
             seen = [self.model.train_on(part, seed, reconstruct=False)[0] for part in parts]
         whole, leaves = _with_leaves(_joined(seen))
         scales = self.model.objective.log_scales.detach().requires_grad_()
         losses = self._aligned(lambda e: functional_call(self.model.objective, {"log_scales": scales}, e), whole)
         losses["loss"].backward()
-        start = 0
-        for part, embeddings in zip(parts, seen, strict=True):
-            rows, last = slice(start, start + len(part)), part is parts[-1]
-            pulls = {name: _fitting(leaf.grad[rows], getattr(embeddings, name)) for name, leaf in leaves.items()}
+        ends = [0, *accumulate(map(len, parts))]
 
-            def pull(e: Embeddings, pulls=pulls, last=last) -> Tensor:
+        def pull_of(number: int) -> Callable[[Embeddings], Tensor]:
+            rows, last = slice(*ends[number : number + 2]), number == len(parts) - 1
+            pulls = {name: _fitting(x.grad[rows], getattr(seen[number], name)) for name, x in leaves.items()}
+
+            def pull(e: Embeddings) -> Tensor:
                 pulled = sum((getattr(e, name) * grad).sum(dtype=scales.dtype) for name, grad in pulls.items())
                 learned = last and self.model.objective.log_scales.requires_grad
                 return pulled + (self.model.objective.log_scales * scales.grad).sum() if learned else pulled
 
+            return pull
+
+        return self._replay(run, parts, seed, share, quiet, counts, losses, pull_of)
+
+    def _replay(
+        self,
+        run: Callable,
+        parts: list[StudyBatch],
+        seed: int,
+        share: float,
+        quiet: Callable,
+        counts: dict[str, float],
+        losses: dict[str, Tensor],
+        pull_of: Callable[[int], Callable[[Embeddings], Tensor]],
+    ) -> dict[str, Tensor]:
+        """Backward passes part by part; the losses, with those of what is reconstructed."""
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        for number, part in enumerate(parts):
             with ExitStack() as stack:
-                if not last:
+                if part is not parts[-1]:
                     stack.enter_context(quiet())
-                replayed = run(part, seed, counts, pull)
+                replayed = run(part, seed, counts, pull_of(number))
                 (share * replayed["loss"]).backward()
-            for name in found:
-                losses[name] = losses.get(name, 0) + replayed[name].detach()
-                weight = getattr(self.model.recipe, f"{name}_weight")
-                losses["loss"] = losses["loss"].detach() + weight * replayed[name].detach()
-            start = rows.stop
+            for name in counts:
+                found = replayed[name].detach()
+                losses[name] = losses.get(name, 0) + found
+                losses["loss"] = losses["loss"] + getattr(self.model.recipe, f"{name}_weight") * found
         return losses
 
     def _aligned(self, objective: Callable[[Embeddings], dict[str, Tensor]], e: Embeddings) -> dict[str, Tensor]:
@@ -168,7 +190,7 @@ class Align(Stage):
         return objective(e)
 
     def watch(self, step: int, steps: int) -> dict[str, float]:
-        if not (self.model.recipe.global_weight or self.model.recipe.local_weight):
+        if not self.model.aligns:
             return {}
         everyone = gathered({kind: e.cpu() for kind, e in self._last.items()})
         last = {kind: torch.cat([found[kind] for found in everyone]) for kind in self._last}
@@ -197,6 +219,11 @@ class Fuse(Stage):
     def forward(self, batch: FeatureBatch, seed: int) -> dict[str, Tensor]:
         with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             return self.adaptor.losses(batch)
+
+
+def _nothing(e: Embeddings) -> Tensor:
+    """What takes the place of a loss between embeddings where there is none."""
+    return torch.zeros((), device=e.image_global.device)
 
 
 _FLOATS = ("image_global", "image_local", "text_global", "text_local")
@@ -238,14 +265,15 @@ def retrieve(model: ClinVLA, loader: StudyLoader) -> dict[str, dict[str, float |
         for batch in loader:
             e = model(batch.to(model.device))
             paired = e.image_mask.any(1) & e.text_mask.any(1)
-            image, text = (normalize(x, dim=-1).float().cpu() for x in (e.image_global, e.text_global))
+            # As arrays: a tensor's row would be sent with all of the tensor.
+            image, text = (normalize(x, dim=-1).float().cpu().numpy() for x in (e.image_global, e.text_global))
             mine += list(zip(image, text, batch.labels, paired.tolist(), strict=True))
     everyone = gathered(mine)  # a study in turn from each
     ordered = [share[i] for i in range(max(map(len, everyone))) for share in everyone if i < len(share)]
     kept = [study for study in ordered if study[3]]
     if not kept:
         raise DataError("none of the studies to evaluate on has both a view and a report.")
-    image, text = (torch.stack([study[side] for study in kept]).to(model.device) for side in (0, 1))
+    image, text = (torch.from_numpy(np.stack([study[side] for study in kept])).to(model.device) for side in (0, 1))
     labels = [study[2] for study in kept]
     scores = {"image_to_image": retrieval_scores(image, image, labels, own=False)}
     if image.shape == text.shape:

@@ -67,7 +67,7 @@ class Recipe:
     decoder_blocks: int = 4
     """Of the decoder that reconstructs images."""
     train_decoder: bool = True
-    """All of it; else its first and last layer and its embeddings alone (ALTA, whose decoder comes from MRM)."""
+    """All of it; else its first and last layer and its embeddings alone (ALTA, whose decoder comes trained)."""
 
     def __post_init__(self):
         """Raises ValueError: for a name that there is not, or a number out of range."""

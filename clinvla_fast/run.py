@@ -85,7 +85,8 @@ class Run:
         write: False in all processes but the first: they read, and write nothing.
 
     Attributes:
-        about: tables for the model card, by their titles, which each checkpoint writes anew.
+        about, use: tables for the model card, by their titles, and the lines that load the model; each checkpoint
+            writes the card anew.
         state: the last checkpoint, or None.
         damaged: checkpoints that were passed over, as their content is not what was written.
 
@@ -99,6 +100,7 @@ class Run:
         self._checkpoints = self.path / "checkpoints"
         self._metrics, self._skipped = _Lines(self.path / "metrics.jsonl"), _Lines(self.path / "skipped.jsonl")
         self.about: dict[str, dict] = {}
+        self.use: dict[str, str] = {}
         self.damaged: list[Path] = []
         self._saved = 0
         self.state = self._read_checkpoint()
@@ -174,7 +176,7 @@ class Run:
             scored = [line for line in self.read_metrics() if any("/" in name for name in line)]
             scores = {name: value for name, value in scored[-1].items() if "/" in name} if scored else {}
         with replacing(self.path / "README.md") as partial:
-            partial.write_text(model_card(self.about, step, scores))
+            partial.write_text(model_card(self.about, step, scores, **self.use))
 
     def clear_state(self) -> None:
         self.state = None
@@ -191,7 +193,7 @@ class Run:
             self._saved = max(self._saved, int(path.name.partition(".")[0]))
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() == path.name.split(".")[-2]:
-                return torch.load(io.BytesIO(content), weights_only=True)
+                return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
             self.damaged.append(path)
         if found:
             names = ", ".join(path.name.partition(".")[0] for path in found)

@@ -40,6 +40,10 @@ def found(tmp_path_factory, tiny_towers, make_batch):
     towers = {kind: str(path) for kind, path in tiny_towers.items()}
     jobs = {name: {"recipe": of_method(name)} for name in MODELS}
     jobs |= {f"{name} in chunks": {"recipe": of_method(name), "chunk": 2} for name in CHUNKED}
+    for name in ("clinvla", "convirt"):  # the first of three processes has nothing to align
+        views = [[0, 0, 0, 0], [0, 1, 0, 0] if name == "convirt" else [0, 0, 0, 0], *PRESENT[2:]]
+        jobs[f"{name}, none on a rank"] = {"recipe": of_method(name), "present": views}
+    jobs["clinvla in chunks, none on a rank"] = jobs["clinvla, none on a rank"] | {"chunk": 2}
     jobs["cosine"] = {"recipe": of_method("clinvla") | {"objective": "cosine"}}
     jobs["towers"] = {"recipe": of_method("clinvla"), "masked_modeling": True}
     jobs["sent"] = {
@@ -75,7 +79,9 @@ def check_same(alone, several):
             assert difference <= 1e-8 * expected.abs().max() + 1e-12, (name, difference)
 
 
-@pytest.mark.parametrize("name", [*MODELS, "cosine", "towers"])
+@pytest.mark.parametrize(
+    "name", [*MODELS, *(f"{name}, none on a rank" for name in ("clinvla", "convirt")), "cosine", "towers"]
+)
 def test_processes_are_as_one(found, name):
     (alone,) = found(name, 1)
     assert any(gradient.abs().max() > 1e-6 for gradient in alone["gradients"].values())
@@ -88,6 +94,12 @@ def test_chunks_are_as_the_whole_batch(found, name):
     (alone,) = found(name, 1)
     for processes in (1, 2, 3):
         check_same(alone, found(f"{name} in chunks", processes))
+
+
+def test_chunks_where_a_rank_has_nothing_to_align(found):
+    (alone,) = found("clinvla, none on a rank", 1)
+    for processes in (2, 3):
+        check_same(alone, found("clinvla in chunks, none on a rank", processes))
 
 
 def test_what_is_sent_is_what_is_printed(found):

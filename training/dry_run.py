@@ -1,7 +1,9 @@
 """What a job would take, from a few steps of it: sizes, FLOPs, memory, time. Nothing is kept."""
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,20 +61,25 @@ def dry_run(job: "Job", console) -> None:
         job.print_sizes(sizes)
         optimization = job.optimization
         step, held = _measured(stage, small, large, optimization.batch_size, optimization.chunk)
-        steps = optimization.epochs * (studies // optimization.batch_size) // optimization.accumulate
+        batches = optimization.epochs * (studies // optimization.batch_size)
+        if not batches:
+            raise DataError(
+                f"there are {studies} training studies: expected at least {optimization.batch_size}, a batch."
+            )
+        steps = optimization.epochs * math.ceil(batches / optimization.epochs / optimization.accumulate)
         trained = sum(p.nbytes for p in stage.parameters() if p.requires_grad)
         weights = sum(x.nbytes for x in stage.state_dict().values())
         rows += [
             ("training studies", f"{studies:,}"),
             ("steps", f"{steps:,}"),
-            ("a step", _time(step)),
+            ("a step", _time(step * optimization.accumulate)),
             ("memory: weights", _size(weights)),
             ("memory: gradients and AdamW's averages", _size(3 * trained)),
             (f"memory: what a backward pass of {_at_once(optimization)} studies needs", _size(held)),
             ("memory: together, but for temporaries", _size(weights + 3 * trained + held)),
-            ("training, FLOPs in all", f"{sizes['flops_per_training_sample'] * steps * optimization.batch_size:.3g}"),
+            ("training, FLOPs in all", f"{sizes['flops_per_step'] / optimization.accumulate * batches:.3g}"),
         ]
-        seconds += steps * step
+        seconds += batches * step
         rows.append(("time of all training steps", _time(seconds)))
     table = Table("the whole job, measured in a few steps", "", show_header=True)
     for row in rows:
@@ -140,6 +147,7 @@ def _measured(
     them is in memory at a time, and all go forward twice."""
     at_once = min(batch_size, chunk or batch_size)
     stage.train()
+    stage.chunk = None
     found = [(len(batch), *_of(stage, batch)) for batch in (small, large)]
     seconds, held = (_line([(n, x[which]) for n, *x in found], at_once) for which in (0, 1))
     replay = 4 / 3 if chunk and chunk < batch_size else 1
@@ -148,7 +156,7 @@ def _measured(
 
 def _of(stage: Stage, batch: StudyBatch) -> tuple[float, int]:
     def step() -> None:
-        losses = stage.backward(stage, batch, 0, 1.0, None)
+        losses = stage.backward(stage, batch, 0, 1.0, ExitStack)
         float(losses["loss"].detach())
         if torch.cuda.is_available():
             torch.cuda.synchronize()

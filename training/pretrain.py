@@ -18,7 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from clinvla_fast.cost import adaptor_cost, bytes_sent, forward_flops, parameters, step_flops, training_flops
+from clinvla_fast.cost import (
+    adaptor_cost,
+    batch_flops,
+    bytes_sent,
+    forward_flops,
+    parameters,
+    step_flops,
+    training_flops,
+)
 from clinvla_fast.data.features import FeatureLoader, write_features
 from clinvla_fast.data.loader import StudyLoader
 from clinvla_fast.data.phantom.dataset import write_phantoms
@@ -59,6 +67,7 @@ from .settings import RUNS, Pretrain, parse, store
 
 console = Console(highlight=False)
 _EVALUATION_BATCH = 64
+_FEW = 64  # studies that new heads are fitted to, and that compile the model
 _EVALUATIONS = 6  # on the validation split, in a run
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SCORES = ("text_to_image/recall@10", "image_to_text/recall@10")
@@ -126,6 +135,8 @@ class Job:
             manifest = read_manifest(data)
             from_first(lambda: self.record(data))
             held_out = next((s for s in ("test", "validate") if s in manifest["counts"]["splits"]), None)
+            if self.optimization.patience and "validate" not in manifest["counts"]["splits"]:
+                raise DataError(f"{data} has no validate studies: --patience needs them.")
             if held_out is None:
                 raise DataError(f"{data} has no validate or test studies to evaluate on: give some rows another split.")
             with _on_wandb(self.settings, self.out), closing(Run(self.out, write=rank() == 0)) as run:
@@ -253,11 +264,12 @@ class Job:
         def make_loader(checkpoint: str | None, **options) -> StudyLoader:
             sizes = {"image_size": model.training_size, "max_tokens": model.max_tokens}
             sizes |= {"batch_size": self.optimization.batch_size}
-            return self.training_loader(data, model.tokenizer, checkpoint, **sizes, **options)
+            return self.training_loader(data, model.tokenizer, checkpoint, **sizes | options)
 
         new = run.state is None or run.state["stage"] != "align"
         if new or self.settings.compile or self.settings.fp8:
-            first = next(iter(make_loader(None, cache="off", rank=0, ranks=1))).to(self.device)
+            few = min(max(2, self.optimization.batch_size), _FEW)
+            first = next(iter(make_loader(None, cache="off", rank=0, ranks=1, batch_size=few))).to(self.device)
         if self.settings.fp8:
             self.quantise(model, first)
         if new:
@@ -267,9 +279,7 @@ class Job:
             console.print(f"compiled in {warm_up(stage, first):.0f} s; the speeds below are without it.")
         validation = "validate" in manifest["counts"]["splits"]
         validation = self.loader(data, "validate", model) if validation else None
-        if self.optimization.patience and validation is None:
-            raise DataError(f"{data} has no validate studies: --patience needs them.")
-        measure, score = self.measure(lambda: retrieve(model, validation) if validation else {})
+        measure, score = self.measure(lambda: {} if validation is None else retrieve(model, validation))
         with _bar("alignment") as show:
             done = fit(
                 run, stage, parameter_groups(model.trainable(), self.optimization), make_loader, self.optimization,
@@ -283,6 +293,7 @@ class Job:
     def fuse(self, run: Run, data: Path, manifest: dict, held_out: str, vision: str, text: str) -> dict:
         """Train an Adaptor on the towers' outputs, which are computed once; what there is to say of it."""
         towers = self.encoders(vision, text)
+        self.report_keys(vision=towers[0].key_report, text=towers[1].key_report)
         folder = self.settings.features or self.out / "features"
         splits = [split for split in ("train", "validate", held_out) if split in manifest["counts"]["splits"]]
         for split in dict.fromkeys(splits):
@@ -299,9 +310,11 @@ class Job:
         stage.flops = lambda batch: len(batch) * sizes["flops_per_training_sample"]
         del towers  # their outputs are on disk
         self.describe(run, manifest, sizes)
+        lines = 'from clinvla_fast.modeling.adaptor import Adaptor\n\nadaptor = Adaptor.load("this folder")'
+        run.use = {"use": lines}
         self.print_sizes(sizes)
         validation = make_loader(split="validate") if "validate" in splits else None
-        measure, score = self.measure(lambda: retrieve_features(adaptor, validation) if validation else {})
+        measure, score = self.measure(lambda: {} if validation is None else retrieve_features(adaptor, validation))
         groups = parameter_groups(dict(adaptor.named_parameters()), self.optimization)
         with _bar("alignment") as show:
             done = fit(
@@ -324,7 +337,11 @@ class Job:
     def make_adaptor(self, image: ImageEncoder, text: TextEncoder) -> Adaptor:
         torch.manual_seed(self.settings.seed)
         width = self.recipe.width
-        sizes = {"width": width, "heads": max(1, width // 64), "hidden": 4 * width}
+        sizes = {
+            "width": width,
+            "heads": next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0),
+            "hidden": 4 * width,
+        }
         names = {"image_encoder": image.name, "text_encoder": text.name}
         return Adaptor(image.width, text.width, **sizes, **names).to(self.device)
 
@@ -359,6 +376,8 @@ class Job:
             "params": parameters(model),
             "flops_per_sample": forward_flops(model, views=2, tokens=model.max_tokens),
             "flops_per_training_sample": step_flops(model, views=2, tokens=model.max_tokens),
+            "flops_per_step": self.optimization.accumulate
+            * batch_flops(model, 2, model.max_tokens, self.optimization.batch_size),
             "bytes_sent_per_step": bytes_sent(model, self.optimization.batch_size, ranks()),
         }
 
@@ -422,9 +441,9 @@ class Job:
         table.add_row("parameters", f"{params['total']:,}")
         table.add_row("trainable", f"{params['trainable']:,} ({params['trainable'] / params['total']:.1%})")
         table.add_row(f"forward, 2 whole views + {tokens} tokens", _flops(sizes["flops_per_sample"]))
-        per_study, batch = sizes["flops_per_training_sample"], self.optimization.batch_size
-        table.add_row(f"training, a study of 2 views + {tokens} tokens", _flops(per_study))
-        table.add_row(f"training, a step of {batch} studies", _flops(per_study * batch))
+        batch = self.optimization.batch_size * self.optimization.accumulate
+        table.add_row(f"training, a study of 2 views + {tokens} tokens", _flops(sizes["flops_per_training_sample"]))
+        table.add_row(f"training, a step of {batch} studies", _flops(sizes["flops_per_step"]))
         if ranks() > 1:
             table.add_row(f"sent a step by each of {ranks()} processes", f"{sizes['bytes_sent_per_step'] / 1e6:.2f} MB")
         console.print(table)

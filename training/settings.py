@@ -219,6 +219,10 @@ def _checked(settings: Pretrain) -> Pretrain:
     if settings.recipe.fusion:
         asked = {"chunk": settings.optimization.chunk, "unfreeze": settings.unfreeze, "fp8": settings.fp8}
         asked["stop-on-collapse"] = settings.optimization.stop_on_collapse
+        plain = PRESETS[settings.preset].fit(settings.method, METHODS[settings.method]).recipe
+        for f in fields(Recipe):
+            if f.name not in ("width", "max_tokens") and getattr(settings.recipe, f.name) != getattr(plain, f.name):
+                asked[f.name.replace("_", "-")] = True
         for name in (name for name, value in asked.items() if value):
             raise DataError(
                 f"--{name} has no meaning for a method whose towers' outputs are computed once: leave it out."
@@ -237,6 +241,18 @@ def _checked(settings: Pretrain) -> Pretrain:
             if value is not None and value < 1:
                 flag = ("towers." if part is settings.towers else "") + name.replace("_", "-")
                 raise DataError(f"--{flag} is {value}: expected at least 1.")
+    optimization = settings.optimization
+    for name, fits, expected in (
+        ("clip", optimization.clip > 0, "above 0"),
+        ("warmup", 0 <= optimization.warmup <= 1, "a share, 0 to 1"),
+        ("betas", all(0 <= beta < 1 for beta in optimization.betas), "both at least 0, and below 1"),
+        *((rate, getattr(optimization, rate) >= 0, "0 or more") for rate in ("language_lr", "task_lr", "tower_lr")),
+        ("weight_decay", optimization.weight_decay >= 0, "0 or more"),
+    ):
+        if not fits:
+            raise DataError(f"--{name.replace('_', '-')} is {getattr(optimization, name)}: expected {expected}.")
+    if not 0 < settings.towers.keep < 1:
+        raise DataError(f"--towers.keep is {settings.towers.keep}: expected a share, above 0 and below 1.")
     if not 0 <= settings.optimization.ema < 1:
         raise DataError(f"--ema is {settings.optimization.ema}: expected at least 0, and below 1.")
     return settings

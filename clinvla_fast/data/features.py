@@ -237,6 +237,8 @@ class FeatureLoader:
             raise DataError(f"{folder}: features cannot be read ({error}): remove it and write them again.") from None
         self._dtype = getattr(torch, self.about["dtype"])
         self.studies = len(self._ids)
+        if train and batch_size < ranks:
+            raise DataError(f"a batch of {batch_size} studies for {ranks} processes: expected at least one for each.")
         if train and self.studies < batch_size:
             raise DataError(f"{folder} has {self.studies} studies: expected at least a batch of {batch_size}.")
         self._epoch = self._batch = 0

@@ -1,7 +1,7 @@
 """ALTA (arXiv 2506.08990): adapters on the attention and beside the feed-forward network, norms and CLS trained, and
 four losses: global, local, masked image reconstruction at twice the resolution, masked words that see the image.
 
-As published, of the decoder only the ends are trained. Its blocks are MRM's there; without those weights, random.
+As published, of the decoder only the ends are trained. Its blocks are MRM's there, and random here.
 """
 
 from ..recipe import Method, Optimization, Recipe

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -113,8 +114,9 @@ class Adaptor(nn.Module):
             image, text = self._read(batch)
             paired = self._embed(image, text), self._embed(text, image)
             separate = self._embed(image, image), self._embed(text, text)
-            losses["paired"] = zero + global_contrastive(*paired, scales[0], rows)
-            losses["separate"] = zero + global_contrastive(*separate, scales[1], rows)
+            with torch.autocast(scales.device.type, enabled=False):  # whatever the block computes in
+                losses["paired"] = zero + global_contrastive(*paired, scales[0], rows)
+                losses["separate"] = zero + global_contrastive(*separate, scales[1], rows)
         return {"loss": (losses["paired"] + losses["separate"]) / 2, **losses}
 
     def block(self, asking: Tokens, asked: Tokens) -> Tensor:
@@ -211,12 +213,13 @@ def retrieve_features(adaptor: Adaptor, batches: Iterable[FeatureBatch]) -> dict
         batch = batch.to(adaptor.log_scales.device).paired()
         if len(batch):
             found = (*adaptor.separate(batch), *adaptor.paired(batch))
-            mine += list(zip(*(normalize(x, dim=-1).cpu() for x in found), batch.labels, strict=True))
+            # As arrays: a tensor's row would be sent with all of the tensor.
+            mine += list(zip(*(normalize(x, dim=-1).float().cpu().numpy() for x in found), batch.labels, strict=True))
     everyone = [study for share in gathered(mine) for study in share]
     if not everyone:
         raise DataError("no study has both a view and a word: there is nothing to retrieve.")
     *embeddings, labels = zip(*everyone, strict=True)
-    image, text, paired_image, paired_text = (torch.stack(x) for x in embeddings)
+    image, text, paired_image, paired_text = (torch.from_numpy(np.stack(x)) for x in embeddings)
     leaking = retrieval_scores(paired_text, paired_image, labels, recall_at=1)
     return {
         "text_to_image": retrieval_scores(text, image, labels),

@@ -60,8 +60,8 @@ _FC_NORM = "fc_norm of a model that was tuned on the mean of its patches: here t
 
 # What is in no tower, and why. The first that fits.
 _REFUSALS = (
-    (r"(^|\.)(attn|mlp)_adapter\.", "ALTA's adapter: loaded by its recipe"),
-    (r"(^|\.)(view_embedding|temporal_embedding|missing_token)$", "ALTA's view embedding: loaded by its recipe"),
+    (r"(^|\.)(attn|mlp)_adapter\.", "ALTA's adapter: adapters are trained here"),
+    (r"(^|\.)(view_embedding|temporal_embedding|missing_token)$", "ALTA's view embedding: trained here"),
     (r"(^|\.)(optimizer|optimizer_states|optim|scaler|lr_schedulers?)\.", "optimizer"),
     (r"(^|\.)(cls\.(predictions|seq_relationship)|lm_head)\.", "head of masked words"),
     (r"(^|\.)(decoder|decoder_\w+|mask_token)(\.|$)", "decoder of masked autoencoding"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .checkpoints import KeyReport
 from .packing import Packing
 from .towers import load_text, load_vision, unavailable
 
@@ -18,6 +19,9 @@ class _Frozen(nn.Module):
 
     name: where it was loaded from.
     """
+
+    key_report: KeyReport | None = None
+    """What became of every key of the file that it was read from; None where a library has read it."""
 
     def __init__(self, model: nn.Module, name: str, dtype: torch.dtype | None):
         super().__init__()
@@ -180,7 +184,9 @@ def load_image_encoder(name: str | Path, dtype: torch.dtype | None = None) -> Im
         tower = load_vision(name)
         pixels = {"mean": tuple(tower.mean.tolist()), "std": tuple(tower.std.tolist())}
         sizes = {"image_size": tower.image_size, "channels": tower.vit.patch_embed.proj.in_channels}
-        return ImageEncoder(tower.vit, name, **sizes, **pixels, dtype=dtype)
+        encoder = ImageEncoder(tower.vit, name, **sizes, **pixels, dtype=dtype)
+        encoder.key_report = tower.key_report
+        return encoder
     try:
         config = Path(name) / "config.json"
         if config.is_file():
@@ -210,7 +216,9 @@ def load_text_encoder(name: str | Path, dtype: torch.dtype | None = None) -> Tex
     name = str(name)
     if Path(name).is_file():
         tower, tokenizer = load_text(name)
-        return TextEncoder(tower.bert, tokenizer, name, dtype)
+        encoder = TextEncoder(tower.bert, tokenizer, name, dtype)
+        encoder.key_report = tower.key_report
+        return encoder
     try:
         model, tokenizer = _huggingface(name), AutoTokenizer.from_pretrained(name)
         if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:

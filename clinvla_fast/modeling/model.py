@@ -171,7 +171,11 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
             losses["image"] = self._image_error(batch.images, present, tokens, kept)
         if reconstruct and self.word_head is not None:
             losses["word"] = self._word_error(batch, present, tokens, seed)
-        text = self.embed_reports(batch.tokens, batch.lengths)
+        if self.aligns:
+            text = self.embed_reports(batch.tokens, batch.lengths)
+        else:  # no loss asks for them
+            none = tokens.new_zeros(len(present), 0)
+            text = none, none[:, None], torch.zeros_like(present[:, :1])
         return Embeddings(*self._image_side(tokens, present), *text), losses
 
     def reconstructed(self, batch: StudyBatch) -> dict[str, int]:
@@ -364,10 +368,14 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         return self.vision.image_size * (self.recipe.target_scale if self.decoder is not None else 1)
 
     @property
+    def aligns(self) -> bool:
+        """Whether the recipe has a loss between images and reports."""
+        return bool(self.recipe.global_weight or self.recipe.local_weight)
+
+    @property
     def width(self) -> int:
         """Of the embeddings: the shared space's, or, where a recipe aligns nothing, the image tower's own."""
-        aligned = self.recipe.global_weight or self.recipe.local_weight
-        return self.recipe.width if aligned else self.vision.width
+        return self.recipe.width if self.aligns else self.vision.width
 
     @property
     def max_tokens(self) -> int:

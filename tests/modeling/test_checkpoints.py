@@ -345,8 +345,8 @@ def test_alta(beside):
     _same_text(text, bert.bert)
     for report in (vision.key_report, text.key_report):
         _all_accounted(report, weights)
-        assert {report.refused[key] for key in adapters} == {"ALTA's adapter: loaded by its recipe"}
-        assert {report.refused[key] for key in views} == {"ALTA's view embedding: loaded by its recipe"}
+        assert {report.refused[key] for key in adapters} == {"ALTA's adapter: adapters are trained here"}
+        assert {report.refused[key] for key in views} == {"ALTA's view embedding: trained here"}
         assert "unknown" not in report.refused.values()
     torch.testing.assert_close(vision.std, torch.full((3,), 0.2834))
 
