@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distributed import part
 from ..errors import DataError
 from ..modeling.encoders import ImageEncoder, TextEncoder
 from ..modeling.packing import Packing
 from ..run import replacing, write_json
 from ..study import StudyBatch
+from .epochs import Epochs
 from .loader import StudyLoader
 from .shards import empty_or_absent
 
@@ -227,7 +227,6 @@ class FeatureLoader:
         folder = Path(folder)
         self.about = read_features(folder)
         self.batch_size, self.train = batch_size, train
-        self._seed, self._rank, self._ranks = seed, rank, ranks
         try:
             index = json.loads((folder / "studies.json").read_text(encoding="utf-8"))
             self._ids, self._labels = index["ids"], [tuple(found) for found in index["labels"]]
@@ -237,56 +236,27 @@ class FeatureLoader:
             raise DataError(f"{folder}: features cannot be read ({error}): remove it and write them again.") from None
         self._dtype = getattr(torch, self.about["dtype"])
         self.studies = len(self._ids)
-        if train and batch_size < ranks:
-            raise DataError(f"a batch of {batch_size} studies for {ranks} processes: expected at least one for each.")
-        if train and self.studies < batch_size:
-            raise DataError(f"{folder} has {self.studies} studies: expected at least a batch of {batch_size}.")
-        self._epoch = self._batch = 0
-        if checkpoint:
-            try:
-                self._epoch, done, studies = json.loads(checkpoint)
-                self._batch, rest = divmod(done, self._step)
-            except (ValueError, TypeError):
-                raise DataError("the loader's checkpoint is of another version: start this stage again.") from None
-            if rest or studies != self.studies:
-                raise DataError(
-                    f"the loader's checkpoint is of another batch size, number of processes or data: after {done} of "
-                    f"{studies} studies, and here are batches of {self._step} of {self.studies}."
-                )
+        place = {"train": train, "seed": seed, "checkpoint": checkpoint, "rank": rank, "ranks": ranks}
+        self._epochs = Epochs(folder, self.studies, batch_size, **place)
 
     def __len__(self) -> int:
         """Batches an epoch, of this process."""
-        if self.train:
-            return self.studies // self.batch_size
-        return math.ceil(len(range(self._rank, self.studies, self._ranks)) / self.batch_size)
+        return len(self._epochs)
 
     def __iter__(self) -> Iterator[FeatureBatch]:
         """One epoch; or, in the first call after a checkpoint taken within one, what is left of it."""
-        order = np.arange(self.studies)
-        if self.train:
-            order = np.random.default_rng([self._seed % 2**64, self._epoch]).permutation(self.studies)
-        own = part(self.batch_size, self._ranks, self._rank)
-        if not self.train:
-            order, own = order[self._rank :: self._ranks], slice(None)
         with ThreadPoolExecutor(1) as pool:  # reads a batch while the one before is used
             ahead = None
-            for i in range(self._batch, len(self) + 1):
-                made = ahead
-                if i < len(self):
-                    ahead = pool.submit(self._read, order[i * self.batch_size : (i + 1) * self.batch_size][own])
+            for studies in chain(self._epochs.batches()[0], [None]):
+                made, ahead = ahead, None if studies is None else pool.submit(self._read, studies)
                 if made is not None:
-                    self._batch += 1
+                    self._epochs.done()
                     yield made.result()
-        self._epoch, self._batch = self._epoch + 1, 0
+        self._epochs.end()
 
     def checkpoint(self) -> str:
         """Where the loader stands, for `checkpoint=`: the batches that follow are the same."""
-        return json.dumps([self._epoch, self._batch * self._step, self.studies])
-
-    @property
-    def _step(self) -> int:
-        """Studies a batch, of all processes."""
-        return self.batch_size if self.train else self.batch_size * self._ranks
+        return self._epochs.checkpoint()
 
     def _read(self, studies: np.ndarray) -> FeatureBatch:
         tensors = {}

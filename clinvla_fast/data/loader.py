@@ -28,10 +28,10 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ..distributed import part
 from ..errors import DataError
 from ..study import VIEWS, StudyBatch
 from .cache import CacheName, PixelCache, choose_cache
+from .epochs import Epochs
 from .shards import read_manifest, shard_paths
 from .tokenizer import tokenize_reports
 
@@ -273,13 +273,11 @@ class StudyLoader:
         self._shards: dict[int, _Shard] = {}
         *starts, self.studies = accumulate((shard["studies"] for shard in self._known), initial=0)
         self._starts = starts
-        if train and self.studies < batch_size:
-            raise DataError(f"{root} has {self.studies} training studies: expected at least one batch of {batch_size}.")
-        if train and batch_size < ranks:
-            raise DataError(f"a batch of {batch_size} studies for {ranks} processes: expected at least one for each.")
+        place = {"train": train, "seed": seed, "checkpoint": checkpoint, "rank": rank, "ranks": ranks}
+        self._epochs = Epochs(Path(root), self.studies, batch_size, **place)
         self.tokenizer, self.max_tokens, self.batch_size, self.train = tokenizer, max_tokens, batch_size, train
-        self._gpu, self._threads, self._seed = device == "gpu", threads, seed
-        self._size, self._rank, self._ranks = image_size, rank, ranks
+        self._gpu, self._threads = device == "gpu", threads
+        self._size, self._ranks = image_size, ranks
         self._cache_wanted: CacheName = "off" if cache == "auto" and not train else cache
         self._cache_folder = Path(cache_folder or tempfile.gettempdir())
         self._choose_cache(0)
@@ -289,56 +287,25 @@ class StudyLoader:
         self._keep_texts = train or self._cache_wanted != "off"
         self._decoder: _Stage | None = None
         self.root, self.split = Path(root), split
-        self._epoch = self._batch = 0
-        if checkpoint:
-            try:
-                self._epoch, done, studies = json.loads(checkpoint)
-                self._batch, rest = divmod(done, self._step)
-            except (ValueError, TypeError):
-                raise DataError("the loader's checkpoint is of another version: start this stage again.") from None
-            if rest or studies != self.studies:
-                raise DataError(
-                    f"the loader's checkpoint is of another batch size, number of processes or data: after {done} of "
-                    f"{studies} studies, and here are batches of {self._step} of {self.studies}."
-                )
 
     def __len__(self) -> int:
         """Batches an epoch, of this process."""
-        if self.train:
-            return self.studies // self.batch_size
-        return math.ceil(len(range(self._rank, self.studies, self._ranks)) / self.batch_size)
+        return len(self._epochs)
 
     def __iter__(self) -> Iterator[StudyBatch]:
         """One epoch; or, in the first call after a checkpoint taken within one, what is left of it."""
         self._open()
-        order, draws = np.arange(self.studies), None
-        if self.train:
-            random = np.random.default_rng([self._seed % 2**64, self._epoch])
-            order = random.permutation(self.studies)
-            draws = random.random((self.studies, len(VIEWS) // 2, _DRAWS), np.float32)
-        own = self._own
-        if not self.train:
-            order, own = order[self._rank :: self._ranks], slice(None)
-        batches = (order[i * self.batch_size : (i + 1) * self.batch_size][own] for i in range(self._batch, len(self)))
+        batches, random = self._epochs.batches()
+        draws = random.random((self.studies, len(VIEWS) // 2, _DRAWS), np.float32) if self.train else None
         decoded = self._decoded(map(self._read, batches))
         for (job, _), images in self._sizer.ahead(decoded, lambda made: self._inputs(*made, draws)):
-            self._batch += 1
+            self._epochs.done()
             yield self._assembled(job, images)
-        self._epoch, self._batch = self._epoch + 1, 0
+        self._epochs.end()
 
     def checkpoint(self) -> str:
         """Where the loader stands, for `checkpoint=`: the batches that follow, and their augmentation, are the same."""
-        return json.dumps([self._epoch, self._batch * self._step, self.studies])
-
-    @property
-    def _step(self) -> int:
-        """Studies a batch, of all processes."""
-        return self.batch_size if self.train else self.batch_size * self._ranks
-
-    @property
-    def _own(self) -> slice:
-        """This process's part of a training batch."""
-        return part(self.batch_size, self._ranks, self._rank)
+        return self._epochs.checkpoint()
 
     def _open(self) -> None:
         """What needs the shards: once, as the first epoch begins."""
@@ -472,7 +439,7 @@ class StudyLoader:
             lengths=torch.tensor([len(text.tokens) for text in job.texts]),
             labels=tuple(text.labels for text in job.texts),
             ids=tuple(text.study_id for text in job.texts),
-            row=self._own.start if self.train else 0,
+            row=self._epochs.row,
         )
 
     def _unreadable(self, reason: str) -> DataError:

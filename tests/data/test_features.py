@@ -257,7 +257,7 @@ class TestLoader:
             FeatureLoader(cached, 3, True, checkpoint=loader.checkpoint())
         with pytest.raises(DataError, match="checkpoint is of another version"):
             FeatureLoader(cached, 4, True, checkpoint="opaque")
-        with pytest.raises(DataError, match="has 13 studies: expected at least a batch of 14"):
+        with pytest.raises(DataError, match="has 13 training studies: expected at least one batch of 14"):
             FeatureLoader(cached, 14, True)
         with pytest.raises(DataError, match=r"holds no features\.json"):
             FeatureLoader(tmp_path, 4)
