@@ -46,6 +46,8 @@ def found(tmp_path_factory, tiny_towers, make_batch):
     jobs["clinvla in chunks, none on a rank"] = jobs["clinvla, none on a rank"] | {"chunk": 2}
     jobs["cosine"] = {"recipe": of_method("clinvla") | {"objective": "cosine"}}
     jobs["towers"] = {"recipe": of_method("clinvla"), "masked_modeling": True}
+    bare = {"present": [[0, 0, 0, 0]] * 2 + PRESENT[2:], "lengths": [2, 2, *LENGTHS[2:]]}  # no view, no word on a rank
+    jobs["towers, none on a rank"] = jobs["towers"] | bare
     jobs["sent"] = {
         "recipe": of_method("clinvla"),
         "dtype": "float32",
@@ -80,7 +82,14 @@ def check_same(alone, several):
 
 
 @pytest.mark.parametrize(
-    "name", [*MODELS, *(f"{name}, none on a rank" for name in ("clinvla", "convirt")), "cosine", "towers"]
+    "name",
+    [
+        *MODELS,
+        *(f"{name}, none on a rank" for name in ("clinvla", "convirt")),
+        "cosine",
+        "towers",
+        "towers, none on a rank",
+    ],
 )
 def test_processes_are_as_one(found, name):
     (alone,) = found(name, 1)

@@ -71,6 +71,11 @@ def patch_errors(predicted: Tensor, views: Tensor, kept: Tensor, patch: int) -> 
     return (errors * masked).sum()
 
 
+def _mean(x: Tensor) -> Tensor:
+    """Zero for nothing: a process may have a part of a batch without a view or a word."""
+    return x.mean() if x.numel() else x.sum()
+
+
 class MaskedModeling(nn.Module):
     """Both towers with their heads."""
 
@@ -90,9 +95,9 @@ class MaskedModeling(nn.Module):
         if self.vision.invertible is not None:
             tokens = self.vision.invertible.inverse(tokens)
         views, patch = images[present].float(), self.vision.patch_size
-        small = avg_pool2d(views, patch // 2).flatten(1)
-        thumbnail = (self.thumbnail(tokens[:, 0]) - (small - 128) / 64).square().mean()
-        masked = len(kept) * (self.vision.patches - kept.shape[1])
+        small = avg_pool2d(views[:, None], patch // 2).flatten(1)
+        thumbnail = _mean((self.thumbnail(tokens[:, 0]) - (small - 128) / 64).square())
+        masked = max(1, len(kept) * (self.vision.patches - kept.shape[1]))
         return patch_errors(self.decoder(tokens, kept), views, kept, patch) / masked + thumbnail
 
     def word_loss(self, tokens: Tensor, packing: Packing, masked: Tensor) -> Tensor:
@@ -101,7 +106,8 @@ class MaskedModeling(nn.Module):
         hidden = hidden[masked] + hidden[packing.first[packing.row[masked]]]
         if self.text.invertible is not None:
             hidden = self.text.invertible.inverse(hidden)
-        return cross_entropy(self.words(hidden, self.text.word_embeddings.weight), tokens[masked])
+        logits = self.words(hidden, self.text.word_embeddings.weight)
+        return _mean(cross_entropy(logits, tokens[masked], reduction="none"))
 
 
 def masked_words(length: int, share: float) -> int:
