@@ -147,7 +147,7 @@ class _Average:
 
 
 @torch.no_grad()
-def _put(trained: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _put(trained: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Set weights; return those that were there."""
     before = {name: p.detach().clone() for name, p in trained.items()}
     for name, p in trained.items():
@@ -204,7 +204,7 @@ def fit(
         set_random_states(state["random"])
         place, best = state["place"], state["best"]
         if average:
-            _copy(average.weights, state["average"])
+            _put(average.weights, state["average"])
         run.state = {"stage": stage.name, "step": place["step"]}  # the rest has found its place
         del state
 
@@ -307,11 +307,6 @@ def fit(
         _put(trained, average.weights)
     stage.eval()
     return {"steps": place["step"], "skipped": place["skipped"], "stopped_at": place["step"] // epoch_steps}
-
-
-def _copy(into: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    for name, tensor in into.items():
-        tensor.copy_(weights[name])
 
 
 def _note_skipped(run: Run, stage: Stage, place: dict, ids: list[str], limit: int) -> None:
