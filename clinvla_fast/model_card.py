@@ -7,7 +7,7 @@ from huggingface_hub import ModelCardData
 
 from .versions import versions
 
-_MAKERS = ("clinvla-fast", "torch", "triton", "xformers", "timm", "transformers", "nvidia-dali-cuda120")
+MAKERS = ("clinvla-fast", "torch", "triton", "xformers", "timm", "transformers", "nvidia-dali-cuda120")
 
 _USE = """
 ## Use
@@ -33,7 +33,7 @@ def model_card(
         use: the Python lines that load it.
     """
     data = ModelCardData(license="apache-2.0", library_name="clinvla-fast", tags=["chest-xray", "vision-language"])
-    tables = {**about, "Scores": scores or {"none yet": ""}, "Versions": versions(_MAKERS)}
+    tables = {**about, "Scores": scores or {"none yet": ""}, "Versions": versions(MAKERS)}
     parts = [f"---\n{data.to_yaml()}\n---\n# A model of clinvla_fast\n\n{step}\n"]
     for title, table in tables.items():
         rows = "".join(f"| {name} | {_shown(value)} |\n" for name, value in table.items())

@@ -1,0 +1,117 @@
+"""What a task found, in a run's folder: figures as JSON, and beside them the rows that they come from.
+
+evaluation/TASK.json            scores with intervals and chance, what a report shows, data, model, versions
+evaluation/TASK.safetensors     the rows of each score, and pictures
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from ..errors import DataError
+from ..run import replacing, write_json
+from .score import Interval, Score
+
+_FORMAT = 1
+FOLDER = "evaluation"
+
+
+class NotApplicable(DataError):
+    """The data or the model have nothing that a task needs; where all tasks are asked for, it is left out."""
+
+
+@dataclass
+class Result:
+    """What a task found.
+
+    task: its name.
+    scores: the figures; names are unique.
+    settings: what it was told; JSON values.
+    shown: what a report shows beside them; JSON values. Studies go by their place in the split.
+    arrays: pictures and maps that `shown` speaks of, by name.
+    about: run, data, versions: filled in by `evaluate`.
+    intervals: of scores, by name; computed as they are written.
+    """
+
+    task: str
+    scores: list[Score]
+    settings: dict[str, Any] = field(default_factory=dict)
+    shown: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+
+    def score(self, name: str) -> Score:
+        """Raises KeyError where there is none of that name."""
+        return {score.name: score for score in self.scores}[name]
+
+
+def write_result(result: Result, run: Path, about: Mapping[str, Any]) -> Path:
+    """Write what a task found into a run's folder, in place of what was there; the JSON file's path.
+
+    Args:
+        about: the run, the data and the versions; JSON values.
+    """
+    folder = Path(run) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    result.about = dict(about)
+    arrays, scores = {f"picture/{name}": x for name, x in result.arrays.items()}, []
+    for number, score in enumerate(result.scores):
+        result.intervals[score.name] = found = result.intervals.get(score.name) or score.interval()
+        scores.append(
+            {
+                "name": score.name,
+                **found._asdict(),
+                "chance": score.chance,
+                "rows": len(score.units),
+                "patients": len(np.unique(score.patients)),
+                "statistic": score.statistic,
+            }
+        )
+        scores[-1] |= {"spread": score.spread} if score.spread is not None else {}
+        scores[-1] |= {"lower_is_better": True} if score.lower_is_better else {}
+        parts = {**{f"row/{name}": x for name, x in score.rows.items()}, "units": score.units}
+        arrays |= {f"score/{number}/{name}": x for name, x in (parts | {"patients": score.patients}).items()}
+    with replacing(folder / f"{result.task}.safetensors") as partial:
+        partial.write_bytes(save({name: np.ascontiguousarray(x) for name, x in arrays.items()}))
+    path = folder / f"{result.task}.json"
+    written = {"format": _FORMAT, "task": result.task, **about, "settings": result.settings}
+    write_json(path, written | {"scores": scores, "shown": result.shown})
+    return path
+
+
+def read_result(run: Path, task: str) -> Result:
+    """What a task found in this run.
+
+    Raises:
+        DataError: if it was not run, or its files are damaged.
+    """
+    path = Path(run) / FOLDER / f"{task}.json"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Make it with: python -m training.evaluate {run} --task {task}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        arrays = load_file(path.with_suffix(".safetensors"))
+        pictures = {name.removeprefix("picture/"): x for name, x in arrays.items() if name.startswith("picture/")}
+        result = Result(task, [], found.pop("settings"), found.pop("shown"), pictures)
+        for number, score in enumerate(found.pop("scores")):
+            of = {n.removeprefix(f"score/{number}/"): x for n, x in arrays.items() if n.startswith(f"score/{number}/")}
+            rows = {name.removeprefix("row/"): x for name, x in of.items() if name.startswith("row/")}
+            given = (score["chance"], score.get("spread"), score.get("lower_is_better", False))
+            result.scores.append(Score(score["name"], score["statistic"], rows, of["units"], of["patients"], *given))
+            result.intervals[score["name"]] = Interval(score["value"], score["low"], score["high"])
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
+        raise DataError(f"{path} or what lies beside it is damaged ({type(error).__name__}): evaluate again.") from None
+    result.about = found
+    return result
+
+
+def results(run: Path) -> list[Result]:
+    """All that was found in this run, by the names of tasks."""
+    return [read_result(run, path.stem) for path in sorted((Path(run) / FOLDER).glob("*.json"))]

@@ -1,0 +1,166 @@
+"""A figure, the rows of evidence that it is computed from, and how sure it is: by a bootstrap over patients."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score, roc_auc_score
+
+_DRAWS = 1000
+_ENOUGH = 0.5  # of the draws must give a figure: a class that few patients have is missing in the others
+
+
+def _mean(weights: np.ndarray, value: np.ndarray) -> float:
+    return np.average(value, weights=weights)
+
+
+def _accuracy(weights: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> float:
+    return accuracy_score(target, predicted, sample_weight=weights)
+
+
+def _macro_accuracy(weights: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> float:
+    return recall_score(target, predicted, labels=np.unique(target), average="macro", sample_weight=weights)
+
+
+def _f1(weights: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> float:
+    return f1_score(target, predicted, sample_weight=weights) if target.any() else np.nan
+
+
+def _auc(weights: np.ndarray, target: np.ndarray, scored: np.ndarray) -> float:
+    return roc_auc_score(target, scored, sample_weight=weights) if target.any() and not target.all() else np.nan
+
+
+def _macro_auc(weights: np.ndarray, target: np.ndarray, scored: np.ndarray) -> float:
+    found = [_auc(weights, *columns) for columns in zip(target.T, scored.T, strict=True)]
+    return np.nan if np.isnan(found).all() else np.nanmean(found)
+
+
+def _average_precision(weights: np.ndarray, target: np.ndarray, scored: np.ndarray) -> float:
+    return average_precision_score(target, scored, sample_weight=weights) if target.any() else np.nan
+
+
+# Each takes weights [n], all above 0, and rows by name, [n] or [n, classes]; NaN where it has no meaning.
+STATISTICS: dict[str, Callable[..., float]] = {
+    "mean": _mean,  # value
+    "accuracy": _accuracy,  # target, predicted
+    "macro accuracy": _macro_accuracy,  # target, predicted: the mean of the classes' recalls
+    "f1": _f1,  # target, predicted: booleans
+    "auc": _auc,  # target: booleans, scored
+    "macro auc": _macro_auc,  # target: booleans, scored: a column a class; classes that all or none show are left out
+    "average precision": _average_precision,  # target: booleans, scored
+}
+
+
+class Interval(NamedTuple):
+    """A figure and its 95% interval; None where the evidence cannot give one."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure over n rows of evidence.
+
+    name: what a reader sees, as "text to image, precision@5".
+    statistic: a name of STATISTICS.
+    rows: its arguments, n rows each.
+    units: int64 [n], what each row is of, mostly a study's place in its split. Rows of two runs are paired by it.
+    patients: int64 [n], whose row it is, as a number: a patient's rows are drawn together.
+    chance: what it would be by chance, where that is known.
+    spread: its standard deviation over seeds, where there were several.
+    lower_is_better: of errors.
+    """
+
+    name: str
+    statistic: str
+    rows: Mapping[str, np.ndarray]
+    units: np.ndarray
+    patients: np.ndarray
+    chance: float | None = None
+    spread: float | None = None
+    lower_is_better: bool = False
+
+    def __post_init__(self):
+        """Raises ValueError if the statistic is none, or the rows do not belong together."""
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"{self.name}: {self.statistic!r} is none of {', '.join(STATISTICS)}.")
+        sizes = {name: len(x) for name, x in (*self.rows.items(), ("units", self.units), ("patients", self.patients))}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"{self.name}: rows are {sizes}: expected as many of each.")
+
+    def of(self, weights: np.ndarray) -> float:
+        """The figure with rows that count so often; NaN where it has none."""
+        there = weights > 0
+        if not there.any():
+            return float("nan")
+        rows = {name: x[there] for name, x in self.rows.items()}
+        return float(STATISTICS[self.statistic](weights[there], **rows))
+
+    @property
+    def value(self) -> float | None:
+        return _known(self.of(np.ones(len(self.units))))
+
+    def interval(self, draws: int = _DRAWS) -> Interval:
+        """The figure and the 2.5th and 97.5th percentile of the same over patients drawn with replacement (Efron 1979),
+        always the same draws."""
+        found = [self.of(weights) for weights in _drawn(self.patients, draws)]
+        return Interval(self.value, *_percentiles(found))
+
+    def difference(self, other: "Score", draws: int = _DRAWS) -> Interval:
+        """Of this figure to another's, both over the same draws of the patients that both have rows of: what two
+        models share, the easy and the difficult studies, is not in it.
+
+        Raises:
+            ValueError: if their statistics differ or they have no row in common.
+        """
+        if self.statistic != other.statistic:
+            raise ValueError(f"{self.name} is a {self.statistic}, {other.name} a {other.statistic}.")
+        mine, its = self._paired(other)
+        if not len(mine.units):
+            raise ValueError(f"{self.name} and {other.name} have no row in common.")
+        whole = np.ones(len(mine.units))
+        found = [mine.of(weights) - its.of(weights) for weights in _drawn(mine.patients, draws)]
+        return Interval(_known(mine.of(whole) - its.of(whole)), *_percentiles(found))
+
+    def _paired(self, other: "Score") -> tuple["Score", "Score"]:
+        """Both with the rows that both have, in one order. A unit may have several rows, as over seeds."""
+        places = []
+        for score in (self, other):
+            order = np.argsort(score.units, kind="stable")
+            units = score.units[order]
+            number = np.arange(len(units)) - np.searchsorted(units, units)  # of a unit's rows, from 0
+            places.append(dict(zip(zip(units.tolist(), number.tolist(), strict=True), order.tolist(), strict=True)))
+        common = sorted(places[0].keys() & places[1].keys())
+        return tuple(
+            score.taking(np.array([place[key] for key in common], np.int64))
+            for score, place in zip((self, other), places, strict=True)
+        )
+
+    def taking(self, rows: np.ndarray) -> "Score":
+        """The same of some of its rows."""
+        parts = {name: x[rows] for name, x in self.rows.items()}
+        given = (self.chance, self.spread, self.lower_is_better)
+        return Score(self.name, self.statistic, parts, self.units[rows], self.patients[rows], *given)
+
+
+def _drawn(patients: np.ndarray, draws: int) -> Iterator[np.ndarray]:
+    """How often each row counts, over and over: as often as its patient was drawn."""
+    _, numbers = np.unique(patients, return_inverse=True)
+    random, several = np.random.default_rng(0), int(numbers.max(initial=-1)) + 1
+    for _ in range(draws if several else 0):
+        yield np.bincount(random.integers(several, size=several), minlength=several)[numbers].astype(float)
+
+
+def _percentiles(found: list[float]) -> tuple[float | None, float | None]:
+    known = [x for x in found if not np.isnan(x)]
+    if len(known) < _ENOUGH * max(1, len(found)):
+        return None, None
+    low, high = np.percentile(known, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _known(x: float) -> float | None:
+    return None if np.isnan(x) else float(x)

@@ -1,0 +1,187 @@
+"""What is evaluated: a run's model on a split of a prepared data set, embedded once for all tasks."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..collection import model_sha256
+from ..data.loader import StudyLoader
+from ..data.shards import Study, read_manifest, read_studies
+from ..errors import DataError
+from ..model_card import MAKERS
+from ..modeling.model import ClinVLA
+from ..study import StudyBatch
+from ..versions import versions
+
+Progress = Callable[[int, int], None]
+
+
+class Embedded(NamedTuple):
+    """A split's n studies through a model, in stored order, on the CPU.
+
+    image, text: float32 [n, D], L2-normalised; zero where a study has none.
+    has_image, has_text: bool [n]: a view that the model looks at; a word.
+    """
+
+    image: Tensor
+    text: Tensor
+    has_image: np.ndarray
+    has_text: np.ndarray
+
+    @property
+    def paired(self) -> np.ndarray:
+        """The places of studies that have both."""
+        return np.flatnonzero(self.has_image & self.has_text)
+
+
+class Subject:
+    """A model and the split that it is evaluated on.
+
+    Args:
+        run: the folder of a finished run.
+        model: its model.
+        root: a folder written by training.prepare.
+        split: "train", "validate" or "test".
+        progress: called with (studies embedded, studies) as a split goes through the model.
+
+    Attributes:
+        manifest: of the data.
+
+    Raises:
+        DataError: if the data cannot be read or the split has no studies.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        model: ClinVLA,
+        root: Path,
+        split: str,
+        batch_size: int = 64,
+        progress: Progress = lambda done, studies: None,
+    ):
+        self.run, self.model, self.root, self.split = Path(run), model, Path(root), split
+        self.manifest = read_manifest(self.root)
+        if split not in self.manifest["counts"]["splits"]:
+            there = ", ".join(self.manifest["counts"]["splits"])
+            raise DataError(f"{root} has no studies in its {split!r} split: pass --split with one of {there}.")
+        self.batch_size, self._progress = batch_size, progress
+
+    @property
+    def manifest_sha256(self) -> str:
+        return hashlib.sha256((self.root / "manifest.json").read_bytes()).hexdigest()
+
+    def on(self, split: str) -> "Subject | None":
+        """The same model on another split of the same data; None where there is none."""
+        if split not in self.manifest["counts"]["splits"]:
+            return None
+        return Subject(self.run, self.model, self.root, split, self.batch_size, self._progress)
+
+    @cached_property
+    def studies(self) -> list[Study]:
+        """In stored order, without pixels."""
+        return list(read_studies(self.root, self.split, images=False))
+
+    @cached_property
+    def patients(self) -> np.ndarray:
+        """A number for each study's patient, int64 [n]."""
+        numbers: dict[str, int] = {}
+        return np.array([numbers.setdefault(s.patient_id, len(numbers)) for s in self.studies], np.int64)
+
+    def radiographs(self, places: Sequence[int]) -> dict[int, Study]:
+        """The studies at these places, with pixels as they are stored."""
+        wanted = set(places)
+        stored = islice(read_studies(self.root, self.split), max(wanted, default=-1) + 1)
+        return {place: study for place, study in enumerate(stored) if place in wanted}
+
+    def batches(self, size: int | None = None) -> Iterator[StudyBatch]:
+        """Whole studies as the model takes them, in stored order, on its device.
+
+        Args:
+            size: studies a batch.
+        """
+        loader = StudyLoader(
+            self.root,
+            self.split,
+            self.model.tokenizer,
+            image_size=self.model.vision.image_size,
+            max_tokens=self.model.max_tokens,
+            batch_size=size or self.batch_size,
+            device="gpu" if self.model.device.type == "cuda" else "cpu",
+        )
+        done = 0
+        for batch in loader:
+            done += len(batch)
+            self._progress(done, loader.studies)
+            yield batch.to(self.model.device)
+
+    @cached_property
+    @torch.inference_mode()
+    def embedded(self) -> Embedded:
+        """All studies. A study's embeddings do not depend on which batch it is in, but for rounding."""
+        parts = []
+        for batch in self.batches():
+            e = self.model(batch)
+            flags = e.image_mask.any(1), e.text_mask.any(1)
+            sides = (normalize(x.float(), dim=-1) for x in (e.image_global, e.text_global))
+            parts.append([(x * has[:, None]).cpu() for x, has in zip(sides, flags, strict=True)])
+            parts[-1] += [has.cpu() for has in flags]
+        image, text, has_image, has_text = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Embedded(image, text, has_image.numpy(), has_text.numpy())
+
+    @cached_property
+    @torch.inference_mode()
+    def features(self) -> Tensor:
+        """What the image heads see of each study, before any projection: float32 [n, width] on the CPU."""
+        return torch.cat([self.model.image_features(batch).float().cpu() for batch in self.batches()])
+
+    def batch_of(self, places: Sequence[int]) -> StudyBatch:
+        """The studies at these places as one batch on the model's device, in this order."""
+        found: dict[int, StudyBatch] = {}
+        wanted, start = set(places), 0
+        for batch in self.batches():
+            for row, study in enumerate(batch.parts(1)):
+                if start + row in wanted:
+                    found[start + row] = study
+            start += len(batch)
+            if len(found) == len(wanted):
+                break
+        return joined([found[place] for place in places])
+
+
+def about(subject: Subject, seconds: float) -> dict:
+    """What a result says of where it comes from. The data's hash is of what was read: the same goes in and out."""
+    card = subject.run / "run.json"
+    return {
+        "run": subject.run.name,
+        "method": json.loads(card.read_text())["settings"].get("method") if card.is_file() else None,
+        "model_sha256": model_sha256(subject.model),
+        "data": {
+            "source": subject.manifest["source"],
+            "split": subject.split,
+            "studies": subject.manifest["counts"]["splits"][subject.split],
+            "manifest_sha256": subject.manifest_sha256,
+        },
+        "versions": versions(MAKERS),
+        "device": str(subject.model.device),
+        "seconds": round(seconds, 1),
+    }
+
+
+def joined(parts: Sequence[StudyBatch]) -> StudyBatch:
+    """Batches as one, a study after the other; row 0 first."""
+    tensors = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in ("images", "present", "tokens", "lengths")
+    }
+    listed = {name: tuple(x for part in parts for x in getattr(part, name)) for name in ("labels", "ids")}
+    return replace(parts[0], **tensors, **listed, row=0)
