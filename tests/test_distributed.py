@@ -26,11 +26,25 @@ PRESENT = [
 ]
 LENGTHS = [7, 9, 5, 12, 2, 8, 20, 6]  # the fifth has no word
 CHUNKED = ("clinvla", "alta", "mrm")
+# Adaptor: tokens of each study's image, and words. The first of three processes has one pair, or none.
+TOKENS = {
+    "adaptor": ([3, 5, 0, 2, 7, 4, 1, 6], [4, 0, 5, 2, 3, 0, 6, 2]),
+    "adaptor, none on a rank": ([0, 5, 4, 2, 7, 4, 1, 6], [4, 0, 5, 2, 3, 1, 6, 2]),
+}
 
 
 def of_method(name):
     """A method's recipe at the tiny preset's size, and smaller."""
     return vars(PRESETS["tiny"].fit(name, METHODS[name]).recipe) | {"width": 16, "bottleneck": 8}
+
+
+def features(image, text):
+    """What the towers of Adaptor gave for studies of so many tokens, in float64 and padded."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for side, lengths, width in (("image", image, 6), ("text", text, 10)):
+        found[side] = torch.randn(len(lengths), max(lengths), width, generator=generator, dtype=torch.float64)
+        found[f"{side}_mask"] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return {"features": found, "widths": (6, 10)}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +74,9 @@ def found(tmp_path_factory, tiny_towers, make_batch):
         defaults = {"batch": fields, "chunk": None, "masked_modeling": False, "dtype": "float64"}
         (folder / name).mkdir()
         torch.save(towers | defaults | job, folder / name / "job.pt")
+    for name, lengths in TOKENS.items():
+        (folder / name).mkdir()
+        torch.save(features(*lengths) | {"dtype": "float64"}, folder / name / "job.pt")
     for processes in (1, 2, 3):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         arguments = [*(torchrun if processes > 1 else []), str(HERE / "distributed_worker.py"), str(folder)]
@@ -89,6 +106,7 @@ def check_same(alone, several):
         "cosine",
         "towers",
         "towers, none on a rank",
+        *TOKENS,
     ],
 )
 def test_processes_are_as_one(found, name):
