@@ -19,7 +19,7 @@ import os
 import shutil
 import tarfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -476,8 +476,13 @@ def shard_paths(root: Path, split: str) -> list[Path]:
     return shards
 
 
-def read_studies(root: Path, split: str, *, images: bool = True) -> Iterator[Study]:
+def read_studies(
+    root: Path, split: str, *, images: bool = True, places: Container[int] | None = None
+) -> Iterator[Study]:
     """The studies of one split in their stored order; without their pixels where `images` is false.
+
+    Args:
+        places: leave out those that stand at no such place, and do not decode them. None: all.
 
     Raises:
         DataError: as `shard_paths`, or once a shard turns out to be damaged or to lack studies.
@@ -488,8 +493,10 @@ def read_studies(root: Path, split: str, *, images: bool = True) -> Iterator[Stu
     # workers, and draw a seed from Python's global generator.
     here = {"nodesplitter": None, "workersplitter": None, "seed": 0, "empty_check": False}
     try:
-        for sample in webdataset.WebDataset([str(path) for path in paths], shardshuffle=False, **here):
-            yield _study(sample, split, images)
+        stored = webdataset.WebDataset([str(path) for path in paths], shardshuffle=False, **here)
+        for place, sample in enumerate(stored):
+            if places is None or place in places:
+                yield _study(sample, split, images)
             missing -= 1
     except (OSError, ValueError, KeyError, tarfile.TarError) as error:
         raise DataError(

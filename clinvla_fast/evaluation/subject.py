@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +19,14 @@ from ..collection import model_sha256
 from ..data.loader import StudyLoader
 from ..data.shards import Study, read_manifest, read_studies
 from ..errors import DataError
+from ..machine import peak_memory
 from ..model_card import MAKERS
 from ..modeling.model import ClinVLA
 from ..study import StudyBatch
 from ..versions import versions
 
 Progress = Callable[[int, int], None]
+_TIMED = 5
 
 
 class Embedded(NamedTuple):
@@ -98,11 +101,9 @@ class Subject:
         numbers: dict[str, int] = {}
         return np.array([numbers.setdefault(s.patient_id, len(numbers)) for s in self.studies], np.int64)
 
-    def radiographs(self, places: Sequence[int]) -> dict[int, Study]:
+    def radiographs(self, places: Iterable[int]) -> dict[int, Study]:
         """The studies at these places, with pixels as they are stored."""
-        wanted = set(places)
-        stored = islice(read_studies(self.root, self.split), max(wanted, default=-1) + 1)
-        return {place: study for place, study in enumerate(stored) if place in wanted}
+        return radiographs(self.root, self.split, places)
 
     def batches(self, size: int | None = None) -> Iterator[StudyBatch]:
         """Whole studies as the model takes them, in stored order, on its device.
@@ -145,6 +146,24 @@ class Subject:
         """What the image heads see of each study, before any projection: float32 [n, width] on the CPU."""
         return torch.cat([self.model.image_features(batch).float().cpu() for batch in self.batches()])
 
+    @cached_property
+    @torch.inference_mode()
+    def encoding(self) -> dict:
+        """What encoding whole studies takes on this device, measured on the first batch, the median of a few times;
+        and the most memory that this process has held."""
+        batch, seconds = next(self.batches()), []
+        for _ in range(1 + _TIMED):
+            start = time.perf_counter()
+            self.model(batch)
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)
+            seconds.append(time.perf_counter() - start)
+        return {
+            "batch_size": len(batch),
+            "seconds_per_study": statistics.median(seconds[1:]) / len(batch),
+            "peak_memory_bytes": peak_memory(self.model.device),
+        }
+
     def batch_of(self, places: Sequence[int]) -> StudyBatch:
         """The studies at these places as one batch on the model's device, in this order."""
         found: dict[int, StudyBatch] = {}
@@ -159,6 +178,12 @@ class Subject:
         return joined([found[place] for place in places])
 
 
+def radiographs(root: Path, split: str, places: Iterable[int]) -> dict[int, Study]:
+    """The studies at these places of a split, with pixels as they are stored."""
+    wanted = set(places)
+    return dict(zip(sorted(wanted), read_studies(root, split, places=wanted), strict=False))
+
+
 def about(subject: Subject, seconds: float) -> dict:
     """What a result says of where it comes from. The data's hash is of what was read: the same goes in and out."""
     card = subject.run / "run.json"
@@ -171,7 +196,9 @@ def about(subject: Subject, seconds: float) -> dict:
             "split": subject.split,
             "studies": subject.manifest["counts"]["splits"][subject.split],
             "manifest_sha256": subject.manifest_sha256,
+            "root": str(subject.root.resolve()),
         },
+        "encoding": subject.encoding,
         "versions": versions(MAKERS),
         "device": str(subject.model.device),
         "seconds": round(seconds, 1),
