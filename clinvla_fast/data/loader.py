@@ -242,6 +242,7 @@ class StudyLoader:
         rank, ranks: this process's number among those that share the work. In training each takes its part of every
             batch, as even as can be, so that the batches are those of one process; else every `ranks`-th study.
             A cache is a process's own, and will come to hold all studies.
+        places: of the split's studies, those that there are; None for all.
 
     Raises:
         DataError: if the data set or the split cannot be read, has fewer studies than one training batch, or the cache
@@ -266,13 +267,16 @@ class StudyLoader:
         cache_folder: Path | None = None,
         rank: int = 0,
         ranks: int = 1,
+        places: Sequence[int] | None = None,
     ):
         known = {shard["file"]: shard for shard in read_manifest(root)["shards"]}
         self._paths = shard_paths(root, split)
         self._known = [known[path.name] for path in self._paths]
         self._shards: dict[int, _Shard] = {}
-        *starts, self.studies = accumulate((shard["studies"] for shard in self._known), initial=0)
+        *starts, self._stored = accumulate((shard["studies"] for shard in self._known), initial=0)
         self._starts = starts
+        self._places = np.arange(self._stored) if places is None else np.asarray(places, np.int64)
+        self.studies = len(self._places)
         place = {"train": train, "seed": seed, "checkpoint": checkpoint, "rank": rank, "ranks": ranks}
         self._epochs = Epochs(Path(root), self.studies, batch_size, **place)
         self.tokenizer, self.max_tokens, self.batch_size, self.train = tokenizer, max_tokens, batch_size, train
@@ -282,7 +286,7 @@ class StudyLoader:
         self._cache_folder = Path(cache_folder or tempfile.gettempdir())
         self._choose_cache(0)
         self._cache: PixelCache | None = None
-        self._kept = np.zeros(self.studies, bool)
+        self._kept = np.zeros(self._stored, bool)
         self._texts: dict[int, _Text] = {}
         self._keep_texts = train or self._cache_wanted != "off"
         self._decoder: _Stage | None = None
@@ -296,7 +300,7 @@ class StudyLoader:
         """One epoch; or, in the first call after a checkpoint taken within one, what is left of it."""
         self._open()
         batches, random = self._epochs.batches()
-        draws = random.random((self.studies, len(VIEWS) // 2, _DRAWS), np.float32) if self.train else None
+        draws = random.random((self._stored, len(VIEWS) // 2, _DRAWS), np.float32) if self.train else None
         decoded = self._decoded(map(self._read, batches))
         for (job, _), images in self._sizer.ahead(decoded, lambda made: self._inputs(*made, draws)):
             self._epochs.done()
@@ -354,6 +358,7 @@ class StudyLoader:
 
     def _read(self, studies: np.ndarray) -> _Job:
         """Looks up a batch, and reads from the shards what is not cached."""
+        studies = self._places[studies]
         numbers = studies.tolist()
         new, shapes, files, metas = ~self._kept[studies], [], [], {}
         for study, missing in zip(numbers, new.tolist(), strict=True):
