@@ -58,6 +58,11 @@ def test_the_wheel_holds_every_module(wheel, pytestconfig):
             assert (f"clinvla_fast/{name}" if folder == "kernels" else name) in wheel
 
 
+def test_the_wheel_holds_prompts(wheel, pytestconfig):
+    prompts = list((pytestconfig.rootpath / "clinvla_fast").rglob("*.toml"))
+    assert prompts and {path.relative_to(pytestconfig.rootpath).as_posix() for path in prompts} <= wheel
+
+
 def test_the_wheel_holds_nothing_else(wheel):
     tops = {name.partition("/")[0] for name in wheel}
     metadata = {top for top in tops if top.endswith(".dist-info")}
