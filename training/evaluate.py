@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import tyro
+from clinvla_fast.evaluation.report import write_report
 from rich.console import Console
 from rich.table import Table
 
 from clinvla_fast.data.shards import read_manifest
 from clinvla_fast.errors import DataError
-from clinvla_fast.evaluation.report import write_report
 from clinvla_fast.evaluation.result import FOLDER, NotApplicable, Result, write_result
 from clinvla_fast.evaluation.subject import Subject, about
 from clinvla_fast.evaluation.tasks import Options, TaskName, task
@@ -64,10 +64,8 @@ def evaluate(run: Path, told: Evaluate, console: Console) -> None:
         return
     model = load_model(run, told.device)
     root = told.data or trained_on(run)
-    splits = read_manifest(root)["counts"]["splits"]
-    split = told.split or next((s for s in ("test", "validate") if s in splits), next(iter(splits)))
     with progress_bar("studies embedded") as progress:
-        subject = Subject(run, model, root, split, told.batch_size, progress)
+        subject = Subject(run, model, root, told.split or split_of(root), told.batch_size, progress)
         for name in names:
             start = time.monotonic()
             try:
@@ -95,6 +93,12 @@ def trained_on(run: Path) -> Path:
     if not data.is_dir():
         raise DataError(f"{run} was trained on data that are no longer there: pass --data.")
     return data
+
+
+def split_of(root: Path) -> str:
+    """What of a data set is evaluated: test, or validate where there is no test split, or the one that there is."""
+    splits = read_manifest(root)["counts"]["splits"]
+    return next((split for split in ("test", "validate") if split in splits), next(iter(splits)))
 
 
 def show(result: Result, console: Console) -> None:
