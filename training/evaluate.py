@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import tyro
-from clinvla_fast.evaluation.report import write_report
 from rich.console import Console
 from rich.table import Table
 
 from clinvla_fast.data.shards import read_manifest
 from clinvla_fast.errors import DataError
+from clinvla_fast.evaluation.report import write_report
 from clinvla_fast.evaluation.result import FOLDER, NotApplicable, Result, write_result
 from clinvla_fast.evaluation.subject import Subject, about
 from clinvla_fast.evaluation.tasks import Options, TaskName, task
@@ -23,7 +23,7 @@ from clinvla_fast.evaluation.tasks import Options, TaskName, task
 from .console import load_model, one_clear_error, progress_bar
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluate(Options):
     """What evaluating can be told."""
 
