@@ -85,7 +85,8 @@ def make_study(preparation: Preparation, record: Record) -> Iterator[Study | Lef
         yield LeftOut(record.row, "study", next(one.reason for one in missing if one.what in CURRENT))
         return
     yield from missing
-    yield Study(record.study_id, record.patient_id, record.split, report, images, record.labels, record.boxes)
+    labelled = (record.labels, record.boxes, record.progressions)
+    yield Study(record.study_id, record.patient_id, record.split, report, images, *labelled)
 
 
 def read_report(report: str | Path | None) -> tuple[str, str]:

@@ -57,7 +57,7 @@ def write_preview(root: Path, out: Path, *, split: str, count: int = 20, keep: f
     """Show `count` studies of a split in `out`: their views, what a model sees of the current ones, labels and report.
 
     `.html` is one page with everything in it, `.png` a picture of under 900 kB. Among the first 1,000 studies of the
-    split those with different labels come first. Boxes are outlined in the frontal views. A study goes by its place in
+    split those with different labels come first. Boxes are outlined in the stored views. A study goes by its place in
     the split, never by an identifier; its pixels and its report are shown, so a preview may go where the data may.
 
     Args:
@@ -132,7 +132,7 @@ def _section(index: int, study: Study, seen: dict[str, np.ndarray]) -> str:
             figures.append(_figure(_outlined(study, view), f"{name}, {width} x {height}"))
         if view in seen:
             figures.append(_figure(seen[view], f"{name}, as seen in training"))
-    labels = html.escape(", ".join(study.labels) or "no label")
+    labels = html.escape(_labels(study))
     return (
         f'<section>\n<h2>{labels} <span>study {index}</span></h2>\n<div class="views">\n'
         + "\n".join(figures)
@@ -140,11 +140,20 @@ def _section(index: int, study: Study, seen: dict[str, np.ndarray]) -> str:
     )
 
 
+def _labels(study: Study) -> str:
+    """The labels, with the course of those that have one."""
+    courses = dict(study.progressions)
+    named = (f"{label}: {courses[label]}" if label in courses else label for label in study.labels)
+    return ", ".join(named) or "no label"
+
+
 def _outlined(study: Study, view: str) -> np.ndarray:
-    """The stored image; a frontal one with the boxes of its study drawn in white."""
+    """The stored image with the boxes of this view drawn in white."""
     image = Image.fromarray(study.images[view])
-    for left, top, width, height in study.boxes if view == "frontal" else ():
-        corners = (left, top, left + width, top + height)
+    for box in study.boxes:
+        if box.view != view:
+            continue
+        corners = (box.left, box.top, box.left + box.width, box.top + box.height)
         ImageDraw.Draw(image).rectangle(
             [round(share * side) for share, side in zip(corners, image.size * 2, strict=True)], outline=255
         )
@@ -191,7 +200,7 @@ def _picture(shown: list[tuple[int, Study, dict[str, np.ndarray]]]) -> bytes:
 def _write(axis, index: int, study: Study) -> None:
     axis.set_axis_off()
     # Dollar signs would start mathematics.
-    labels, report = (text.replace("$", r"\$") for text in (", ".join(study.labels) or "no label", study.report))
+    labels, report = (text.replace("$", r"\$") for text in (_labels(study), study.report))
     axis.text(0, 1, textwrap.shorten(f"{index}: {labels}", 80, placeholder=" …"), weight="bold", va="top", fontsize=10)
     lines = textwrap.wrap(report, 90, max_lines=9, placeholder=" …")
     axis.text(0, 0.87, "\n".join(lines), va="top", fontsize=9)

@@ -5,7 +5,8 @@
     DIR/{split}-000000.tar         one sample a study: KEY.json and KEY.{view}.jpg (or .png) for each present view
     DIR/{split}-000000.idx         byte offsets of the samples, for DALI's webdataset reader
 
-The JSON holds study_id, patient_id, report, labels and boxes. A view that a study lacks has no file.
+The JSON holds study_id, patient_id, report, labels, and where a study has them boxes (a list of objects with the fields
+of Box) and progressions (a list of [finding, course]). A view that a study lacks has no file.
 """
 
 import csv
@@ -41,6 +42,7 @@ from ..versions import versions
 from .workers import obey_parent
 
 SPLITS = ("train", "validate", "test")
+PROGRESSIONS = ("improving", "stable", "worsening")
 _FORMAT = 1
 _FEW, _MANY = (
     64,
@@ -54,11 +56,23 @@ _MAKERS = (
 )
 
 
+class Box(NamedTuple):
+    """Where one view shows what a label names: shares of the image's sides."""
+
+    label: str
+    view: str
+    left: float
+    top: float
+    width: float
+    height: float
+
+
 @dataclass(frozen=True)
 class Study:
     """One study: up to four radiographs (uint8 [H, W], keyed by a name of VIEWS) with its report, which may be "".
 
-    boxes: of what a label points at in the frontal view: left, top, width and height as shares of the image's sides.
+    boxes: of some of the labels; several of one label in one view are parts of it.
+    progressions: findings and the course that each took since the prior study, of PROGRESSIONS.
     """
 
     study_id: str
@@ -67,7 +81,8 @@ class Study:
     report: str
     images: dict[str, np.ndarray]
     labels: tuple[str, ...] = field(default=())
-    boxes: tuple[tuple[float, float, float, float], ...] = field(default=())
+    boxes: tuple[Box, ...] = field(default=())
+    progressions: tuple[tuple[str, str], ...] = field(default=())
 
 
 class LeftOut(NamedTuple):
@@ -432,7 +447,9 @@ def _sample(index: int, study: Study, image_format: Format) -> dict:
         "labels": list(study.labels),
     }
     if study.boxes:
-        meta["boxes"] = study.boxes
+        meta["boxes"] = [box._asdict() for box in study.boxes]
+    if study.progressions:
+        meta["progressions"] = study.progressions
     images = {
         f"{view}.{image_format}": _encoded(study.images[view], image_format) for view in VIEWS if view in study.images
     }
@@ -498,9 +515,9 @@ def read_studies(
             if places is None or place in places:
                 yield _study(sample, split, images)
             missing -= 1
-    except (OSError, ValueError, KeyError, tarfile.TarError) as error:
+    except (OSError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
         raise DataError(
-            f"{root}: a {split} shard is damaged ({type(error).__name__}): prepare the data again."
+            f"{root}: a {split} shard is damaged or too old ({type(error).__name__}): prepare the data again."
         ) from None
     if missing:
         raise DataError(
@@ -517,6 +534,7 @@ def _study(sample: dict, split: str, images: bool) -> Study:
         split=split,
         report=meta["report"],
         labels=tuple(meta["labels"]),
-        boxes=tuple(map(tuple, meta.get("boxes", ()))),
+        boxes=tuple(Box(**box) for box in meta.get("boxes", ())),
+        progressions=tuple(map(tuple, meta.get("progressions", ()))),
         images={view: np.asarray(Image.open(io.BytesIO(sample[name]))) for view, name in files.items() if images},
     )

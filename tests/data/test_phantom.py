@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clinvla_fast.data.phantom import FINDINGS, boxes, patient_truths, phantom_studies, render, write_report
-from clinvla_fast.data.phantom.anatomy import FRONTAL, LATERAL, Body, Ellipsoid, Pose, Solid, project, rotation
+from clinvla_fast.data.phantom.anatomy import FRONTAL, LATERAL, Body, Ellipsoid, Pose, Solid, film, project, rotation
 from clinvla_fast.data.phantom.findings import LOBES, Finding, StudyTruth, chest_of, finding_solids
 from clinvla_fast.data.shards import SPLITS, VIEWS
 
@@ -65,6 +65,31 @@ def test_same_seed_same_studies(studies):
     again = list(phantom_studies(24, seed=5, size=64))
     assert len(again) == len(studies)
     assert all(map(equal, studies, again))
+
+
+def test_studies_say_where_their_findings_are_and_what_became_of_them(studies):
+    courses = {"improved": "improving", "stable": "stable", "worsened": "worsening"}
+    truths = [truth for patient in range(24) for truth in patient_truths(5, patient)]
+    for study, truth in zip(studies, truths, strict=True):
+        pixels = [
+            (label, view, place) for label, views in boxes(truth, 64).items() for view, place in views.items() if place
+        ]
+        assert [box[:2] for box in study.boxes] == [found[:2] for found in pixels]
+        for box, (_, view, place) in zip(study.boxes, pixels, strict=True):
+            corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+            assert view in study.images and corners == tuple(edge / 64 for edge in place)
+        assert dict(study.progressions) == {f.label: courses[f.change] for f in truth.findings if f.change in courses}
+    assert {box.label for study in studies for box in study.boxes} == set(FINDINGS[1:])
+    assert any(study.progressions for study in studies)
+
+
+def test_films_are_of_all_solids_at_once(truths):
+    """What studies have in common is projected once, to the same bits."""
+    for truth in (t for patient in truths[:12] for t in patient):
+        solids, rays = chest_of(truth).solids, truth.pose.rays(FRONTAL, 64)
+        expected = film(project(solids, FRONTAL, *rays), FRONTAL, truth.body, truth.pose, truth.seed)
+        for _ in range(2):
+            np.testing.assert_array_equal(render(truth, 64)["frontal"], expected)
 
 
 def test_another_seed_gives_other_studies(studies):

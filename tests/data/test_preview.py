@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from clinvla_fast.data.preview import write_preview
-from clinvla_fast.data.shards import Study, write_shards
+from clinvla_fast.data.shards import Box, Study, write_shards
 from clinvla_fast.errors import DataError
 
 
@@ -22,9 +22,11 @@ def root(tmp_path):
         views = {"frontal": (96, 128)} | ({"lateral": (64, 64), "prior_frontal": (70, 64)} if number % 2 else {})
         images = {view: rng.integers(60, 256, shape, np.uint8) for view, shape in views.items()}
         report = f"Finding <b>number</b> {number} & $x_1$.\nNo {'effusion ' * 30}seen."
-        boxes = ((0.25, 0.25, 0.5, 0.5),) if number == 1 else ()
+        where = {"frontal": (0.25, 0.25, 0.5, 0.5), "lateral": (0.5, 0.5, 0.5, 0.25)}
+        boxes = tuple(Box("edema", view, *where[view]) for view in where) if number == 1 else ()
         labels = ("edema",) if number < 6 else ("pneumonia", "<fracture>")
-        return Study(f"secret-study-{number}", f"secret-patient-{number}", "train", report, images, labels, boxes)
+        given = (report, images, labels, boxes, (("edema", "worsening"),) if number == 1 else ())
+        return Study(f"secret-study-{number}", f"secret-patient-{number}", "train", *given)
 
     write_shards(
         {"train": range(8)}, lambda number: [study(number)], tmp_path / "data", source="csv", settings={}, workers=1
@@ -62,7 +64,8 @@ def test_page_shows_views_patches_labels_and_report(root, tmp_path):
     # The label sets in turn: 0, 1 of the first six and 6, 7; odd ones have a lateral and a prior.
     assert [h for h in page.texts if h.startswith("study ")] == ["study 0", "study 1", "study 6", "study 7"]
     assert len(page.images) == 2 * 2 + 2 * 5
-    assert "pneumonia, <fracture> " in page.texts and any("<b>number</b> 7 & $x_1$" in t for t in page.texts)
+    assert {"edema ", "edema: worsening ", "pneumonia, <fracture> "} <= set(page.texts)
+    assert any("<b>number</b> 7 & $x_1$" in t for t in page.texts)
     assert [image["alt"].split(",")[0] for image in page.images[2:7]] == (
         ["frontal", "frontal", "lateral", "lateral", "prior frontal"]
     )
@@ -88,9 +91,10 @@ def test_the_same_seed_gives_the_same_page(root, tmp_path):
 
 def test_boxes_are_outlined(root, tmp_path):
     write_preview(root, tmp_path / "out.html", split="train", count=4)
-    first, _, second, *_ = map(pixels, Page((tmp_path / "out.html").read_text(encoding="utf-8")).images)
+    first, _, second, _, lateral, *_ = map(pixels, Page((tmp_path / "out.html").read_text(encoding="utf-8")).images)
     for image, outlined in ((first, False), (second, True)):
         assert (image[24:72, 32].mean() > 235) == (image[24, 32:96].mean() > 235) == outlined
+    assert lateral[32:48, 32].mean() > 235 and lateral[32, 32:].mean() > 235 and lateral[16:48, 16].mean() < 200
 
 
 def test_picture(root, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clinvla_fast.data.shards import SPLITS, LeftOut, Study, read_manifest, read_studies, write_shards
+from clinvla_fast.data.shards import SPLITS, Box, LeftOut, Study, read_manifest, read_studies, write_shards
 from clinvla_fast.errors import DataError
 
 
@@ -90,10 +90,26 @@ def test_png_keeps_every_pixel(tmp_path):
         assert all(np.array_equal(got.images[view], image) for view, image in study.images.items())
 
 
-def test_boxes_and_studies_without_a_view(tmp_path):
-    studies = [Study("a", "p", "test", "", {}, ("x",)), Study("b", "q", "test", "", {}, (), ((0.1, 0.25, 0.5, 1.0),))]
+def test_boxes_progressions_and_studies_without_a_view(tmp_path):
+    boxes = (Box("x", "lateral", 0.1, 0.25, 0.5, 0.75), Box("x", "frontal", 0.0, 0.0, 1.0, 1 / 3))
+    studies = [
+        Study("a", "p", "test", "", {}, ("x",)),
+        Study("b", "q", "test", "", {}, ("x", "y"), boxes, (("x", "stable"), ("y", "worsening"))),
+    ]
     write(tmp_path / "data", studies)
     assert list(read_studies(tmp_path / "data", "test")) == studies
+
+
+def test_boxes_of_an_older_version_are_refused(tmp_path):
+    """They were four numbers, without what they are of."""
+    write(tmp_path / "data", [Study("a", "p", "test", "", {}, ("x",), (Box("x", "frontal", 0.1, 0.2, 0.5, 0.5),))])
+    tar = tmp_path / "data" / "test-000000.tar"
+    now = b'"boxes": [{"label": "x", "view": "frontal", "left": 0.1, "top": 0.2, "width": 0.5, "height": 0.5}]'
+    old = b'"boxes": [[0.1, 0.2, 0.5, 0.5]]'.ljust(len(now))
+    assert now in tar.read_bytes()
+    tar.write_bytes(tar.read_bytes().replace(now, old))
+    with pytest.raises(DataError, match="damaged or too old"):
+        list(read_studies(tmp_path / "data", "test"))
 
 
 def test_every_process_reads_every_study(tmp_path, monkeypatch):

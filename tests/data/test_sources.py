@@ -16,7 +16,7 @@ from PIL import Image
 from clinvla_fast.data.phantom import patient_truths, render
 from clinvla_fast.data.preparation import find
 from clinvla_fast.data.reports import clean_report
-from clinvla_fast.data.shards import SPLITS, read_manifest, read_studies
+from clinvla_fast.data.shards import SPLITS, Box, read_manifest, read_studies
 from clinvla_fast.data.sources.chexpert import FINDINGS
 from training.prepare import main
 
@@ -347,8 +347,9 @@ def test_rsna(tmp_path, film):
         film(root / "stage_2_train_images" / f"{name}.dcm")
     found, counts, left_out = prepared(tmp_path, "rsna", root, "--crop-borders")
     assert {study: s.labels for study, s in found.items()} == {"a": ("normal",)} | dict.fromkeys("bcf", ("pneumonia",))
-    assert found["b"].boxes == ((0.25, 0.125, 0.5, 0.25), (0.0, 0.125, 0.5, 0.25)) and not found["a"].boxes
-    assert found["f"].boxes == ((0.25, 0.125, 0.5, 0.25),)
+    first, second = (Box("pneumonia", "frontal", left, 0.125, 0.5, 0.25) for left in (0.25, 0.0))
+    assert found["b"].boxes == (first, second) and not found["a"].boxes
+    assert found["f"].boxes == (first,)
     assert {(4, "box", "box is none within the film"), (10, "box", "box is none within the film")} <= set(left_out)
     assert counts["dropped"] == {"patientId is no file name": 1, "Target is neither 0 nor 1": 1}
 
@@ -397,9 +398,9 @@ def test_ms_cxr_t(tmp_path, film, elsewhere):
         film(images / "files" / f"{stem.format(*name)}.jpg")
     found, counts, left_out = prepared(tmp_path, "ms-cxr-t", tmp_path / "data", "--reports", images)
     first, second = found["50000002/b"], found["50000002/c"]
-    assert first.labels == ("edema: worsening", "pleural effusion: stable") and second.labels == (
-        "pneumonia: improving",
-    )
+    assert first.labels == ("edema", "pleural effusion") and second.labels == ("pneumonia",)
+    assert first.progressions == (("edema", "worsening"), ("pleural effusion", "stable"))
+    assert second.progressions == (("pneumonia", "improving"),)
     assert list(first.images) == ["frontal", "prior_frontal"] and counts["splits"] == {"test": 2}
     assert np.array_equal(second.images["prior_frontal"], first.images["frontal"])
     assert counts["dropped"] == {"no progression": 1, "not a pair of films": 2, "file is missing": 1}

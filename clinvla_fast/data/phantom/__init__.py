@@ -34,10 +34,12 @@ __all__ = [
     "write_report",
 ]
 
+_PROGRESSIONS = {"improved": "improving", "stable": "stable", "worsened": "worsening"}  # what is new has none
+
 
 def patient_studies(seed: int, patient: int, size: int) -> Iterator[Study]:
     """The one to three studies of one patient, in time order; a pure function of its arguments."""
-    from clinvla_fast.data.shards import Study  # here: who only draws phantoms needs no shards
+    from clinvla_fast.data.shards import Box, Study  # here: who only draws phantoms needs no shards
 
     past: dict[str, np.ndarray] = {}
     for truth in patient_truths(seed, patient):
@@ -50,6 +52,14 @@ def patient_studies(seed: int, patient: int, size: int) -> Iterator[Study]:
             report=write_report(truth),
             images=images | prior,
             labels=truth.labels,
+            boxes=tuple(
+                Box(label, view, left / size, top / size, (right - left) / size, (bottom - top) / size)
+                for label, of_view in boxes(truth, size).items()
+                for view, found in of_view.items()
+                if found
+                for left, top, right, bottom in [found]
+            ),
+            progressions=tuple((f.label, _PROGRESSIONS[f.change]) for f in truth.findings if f.change in _PROGRESSIONS),
         )
         past = images
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -357,33 +358,58 @@ def finding_solids(finding: Finding, chest: Chest) -> list[Solid]:
 
 def chest_of(truth: StudyTruth) -> Chest:
     """The patient's chest with all findings of the study."""
-    findings = {f.label: f for f in truth.findings}
+    chest = _anatomy(truth.body, truth.pose, _changed(truth))
+    return replace(chest, solids=chest.solids + _added(truth, chest))
+
+
+def _changed(truth: StudyTruth) -> tuple[Finding, ...]:
+    """The findings that change the anatomy itself."""
+    return tuple(f for f in truth.findings if f.label in ("cardiomegaly", "fracture", "pneumothorax"))
+
+
+def _added(truth: StudyTruth, chest: Chest) -> list[Solid]:
+    return [solid for finding in truth.findings for solid in finding_solids(finding, chest)]
+
+
+# The anatomy is most of the work, and a study has it in common with the same study without one of its findings.
+@lru_cache(maxsize=4)
+def _anatomy(body: Body, pose: Pose, changed: tuple[Finding, ...]) -> Chest:
+    findings = {f.label: f for f in changed}
     heart, crushed, collapsed = (findings.get(x) for x in ("cardiomegaly", "fracture", "pneumothorax"))
-    chest = build_chest(
-        truth.body,
-        truth.pose,
+    return build_chest(
+        body,
+        pose,
         heart=heart.heart_ratio if heart else None,
         crushed={VERTEBRAE[crushed.kind]: crushed.height_left} if crushed else None,
         collapsed={collapsed.side: _shrunken(collapsed)} if collapsed else None,
     )
-    for finding in truth.findings:
-        chest.solids += finding_solids(finding, chest)
-    return chest
+
+
+@lru_cache(maxsize=8)
+def _anatomy_projected(body: Body, pose: Pose, changed: tuple[Finding, ...], axis: int, size: int) -> np.ndarray:
+    return project(_anatomy(body, pose, changed).solids, axis, *pose.rays(axis, size))
+
+
+@lru_cache(maxsize=1)
+def _projected(truth: StudyTruth, size: int) -> dict[int, np.ndarray]:
+    """The line integrals of each view that was taken, by axis."""
+    anatomy = (truth.body, truth.pose, _changed(truth))
+    added = _added(truth, _anatomy(*anatomy))
+    return {
+        axis: project(added, axis, *truth.pose.rays(axis, size), onto=_anatomy_projected(*anatomy, axis, size))
+        for axis in ((FRONTAL, LATERAL) if truth.lateral else (FRONTAL,))
+    }
 
 
 def render(truth: StudyTruth, size: int, *, noise: bool = True) -> dict[str, np.ndarray]:
     """The study's own radiographs: uint8 [size, size] under "frontal" and, where it was taken, "lateral"."""
-    chest = chest_of(truth)
-    views = {"frontal": FRONTAL} | ({"lateral": LATERAL} if truth.lateral else {})
+    seed = truth.seed if noise else None
+    integrals = _projected(truth, size)
+    views = {"frontal": FRONTAL, "lateral": LATERAL}
     return {
-        view: film(
-            project(chest.solids, axis, *truth.pose.rays(axis, size)),
-            axis,
-            truth.body,
-            truth.pose,
-            truth.seed if noise else None,
-        )
+        view: film(integrals[axis], axis, truth.body, truth.pose, seed)
         for view, axis in views.items()
+        if axis in integrals
     }
 
 

@@ -3,19 +3,18 @@
     ROOT/MS_CXR_T_temporal_image_classification_v1.0.0.csv      dicom_id, previous_dicom_id: p10/p.../s.../<hash>
     ROOT/files/p10/p.../s.../<hash>.jpg, or .dcm                MIMIC-CXR's; or below REPORTS (--reports)
 
-Labels are "edema: worsening" and the like, for each finding that has one.
+Labels are the findings that have a progression: improving, stable or worsening.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..shards import LeftOut
+from ..shards import PROGRESSIONS, LeftOut
 from .record import FRONTAL, Record
 from .tables import below, need_table, read_rows, there
 
 FINDINGS = ("consolidation", "edema", "pleural_effusion", "pneumonia", "pneumothorax")
-PROGRESSIONS = ("improving", "stable", "worsening")
 _COLUMNS = ("dicom_id", "previous_dicom_id", "subject_id", "study_id", *(f"{f}_progression" for f in FINDINGS))
 
 
@@ -30,18 +29,20 @@ def find_studies(root: Path, reports: Path | None, left_out: list[LeftOut]) -> l
             for view, column in ((FRONTAL, "dicom_id"), (f"prior_{FRONTAL}", "previous_dicom_id"))
             if cells[column]
         }
-        labels = []
+        progressions = []
         for finding in FINDINGS:
             progression = cells[f"{finding}_progression"].lower()
             if progression in PROGRESSIONS:
-                labels.append(f"{finding.replace('_', ' ')}: {progression}")
+                progressions.append((finding.replace("_", " "), progression))
             elif progression:
                 left_out.append(LeftOut(number, f"{finding}_progression", "progression unknown"))
         if len(views) < 2 or None in views.values():
             left_out.append(LeftOut(number, "study", "not a pair of films"))
-        elif not labels:
+        elif not progressions:
             left_out.append(LeftOut(number, "study", "no progression"))
         else:
             study = f"{cells['study_id']}/{Path(cells['dicom_id']).name}"
-            found.append(Record(number, study, cells["subject_id"], "test", views, None, tuple(labels)))
+            labels = tuple(finding for finding, _ in progressions)
+            given = {"labels": labels, "progressions": tuple(progressions)}
+            found.append(Record(number, study, cells["subject_id"], "test", views, None, **given))
     return found

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..shards import SPLITS, LeftOut
+from ..shards import SPLITS, Box, LeftOut
 
 FRONTAL, LATERAL = "frontal", "lateral"
 
@@ -22,7 +22,7 @@ class Record:
     views: the file of each view, keyed by a name of VIEWS.
     report: its text, or the file that holds it; None where the source has no reports.
     when: what the patient's studies are ordered by; None where nobody knows.
-    boxes: see Study.
+    boxes, progressions: see Study.
     """
 
     row: int
@@ -33,7 +33,8 @@ class Record:
     report: str | Path | None
     labels: tuple[str, ...] = ()
     when: tuple | None = None
-    boxes: tuple[tuple[float, float, float, float], ...] = field(default=())
+    boxes: tuple[Box, ...] = field(default=())
+    progressions: tuple[tuple[str, str], ...] = field(default=())
 
 
 def with_priors(records: Iterable[Record]) -> list[Record]:

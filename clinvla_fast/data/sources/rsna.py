@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..shards import LeftOut
+from ..shards import Box, LeftOut
 from .record import FRONTAL, Record
 from .tables import below, find_table, need_table, read_rows
 
@@ -44,10 +44,10 @@ def find_studies(root: Path, reports: Path | None, left_out: list[LeftOut]) -> l
     return [record for patient, record in found.items() if patient not in refused]
 
 
-def _box(cells: dict[str, str]) -> tuple[float, float, float, float] | None:
+def _box(cells: dict[str, str]) -> Box | None:
     try:
         left, top, width, height = (float(cells[name]) / _SIDE for name in ("x", "y", "width", "height"))
     except ValueError:
         return None
     inside = left >= 0 and top >= 0 and width > 0 and height > 0 and left + width <= 1 and top + height <= 1  # not NaN
-    return (left, top, width, height) if inside else None
+    return Box(*_ILL, FRONTAL, left, top, width, height) if inside else None
