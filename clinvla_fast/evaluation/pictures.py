@@ -1,0 +1,59 @@
+"""Pictures of a page that needs nothing else: films, maps over them and curves as data URIs."""
+
+import base64
+import io
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw
+
+_SIDE = 224  # pixels: of a film's longer side
+_OPAQUE = 0.55  # of a map where it is highest
+_BOX, _PEAK = (0, 255, 255), (255, 255, 255)
+
+Box = Sequence[float]  # left, top, width, height as shares of the image's sides
+
+
+def film(pixels: np.ndarray, side: int = _SIDE) -> str:
+    """Grey levels or colours, uint8 [H, W] or [H, W, 3], of at most `side` pixels a side, as a data URI."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side), Image.Resampling.BILINEAR)
+    return _jpeg(image)
+
+
+def heated(pixels: np.ndarray, heat: np.ndarray, boxes: Sequence[Box] = ()) -> str:
+    """A film under a map, as a data URI: dark and violet where it is low, yellow where it is high, a cross where it is
+    highest, and boxes outlined.
+
+    Args:
+        pixels: uint8 [H, W].
+        heat: [rows, columns] over the whole film.
+    """
+    height, width = (round(_SIDE * side / max(pixels.shape)) for side in pixels.shape)
+    low, high = float(heat.min()), float(heat.max())
+    share = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
+    smooth = Image.fromarray(np.uint8(255 * share)).resize((width, height), Image.Resampling.BICUBIC)
+    colours = matplotlib.colormaps["inferno"](np.asarray(smooth))[..., :3] * 255
+    grey = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))[..., None]
+    strength = _OPAQUE * np.asarray(smooth)[..., None] / 255
+    image = Image.fromarray(np.uint8((1 - strength) * grey + strength * colours))
+    draw = ImageDraw.Draw(image)
+    for left, top, across, down in boxes:
+        corners = (left * width, top * height, (left + across) * width - 1, (top + down) * height - 1)
+        draw.rectangle([round(x) for x in corners], outline=_BOX, width=2)
+    row, column = np.unravel_index(int(share.argmax()), share.shape)
+    x, y = (column + 0.5) / share.shape[1] * width, (row + 0.5) / share.shape[0] * height
+    for line in ((x - 6, y, x + 6, y), (x, y - 6, x, y + 6)):
+        draw.line(line, fill=_PEAK, width=2)
+    return _jpeg(image)
+
+
+def drawing(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+
+def _jpeg(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=80, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,463 @@
+"""What was found about some runs, as one page to look at and one file of the same figures; several runs side by side.
+
+The page needs no network, no server and no script. Studies go by their place in the split. Their films and reports are
+read from the data that the results were made on, where these are still there: the page may go where the data may.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+
+from ..data.shards import Study, read_manifest
+from ..errors import DataError
+from ..run import Run, replacing, write_json
+from ..study import VIEWS
+from . import pictures
+from .curves import curve_pictures
+from .result import Result, results
+from .score import Interval, Score
+from .subject import radiographs
+
+_FORMAT = 1
+# Of each task, what tells most: scores whose names hold one of these; of a task that is not here, its first score.
+_HEADLINE = {"retrieval": ("precision@5", "recall@10")}
+
+
+def write_report(runs: Sequence[Path], out: Path) -> None:
+    """Write `out`, an HTML page of all that was found about these runs, and a JSON file of its figures beside it.
+
+    With several runs each figure of the others comes with its difference to the first run that has it, over the same
+    draws of the same patients.
+
+    Raises:
+        DataError: if a run was not evaluated, results are damaged, two runs were evaluated on different data, or `out`
+            is no .html.
+        OSError: if `out` cannot be written.
+    """
+    out = Path(out)
+    if out.suffix.lower() != ".html":
+        raise DataError(f"{out}: the name of a report ends in .html.")
+    compared = [_Evaluated(Path(run), name) for run, name in zip(runs, _names(runs), strict=True)]
+    figures = _figures(compared)
+    page = _page(figures, compared)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out.with_suffix(".json"), figures)
+    with replacing(out) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+@dataclass
+class _Evaluated:
+    """A run and all that was found about it."""
+
+    path: Path
+    name: str
+
+    def __post_init__(self):
+        self.results = {result.task: result for result in results(self.path)}
+        if not self.results:
+            raise DataError(
+                f"{self.path} was not evaluated, expected results in its folder evaluation/: "
+                f"run python -m training.evaluate {self.path}"
+            )
+
+    def read(self, name: str) -> dict:
+        """A JSON file of the run's; empty where there is none."""
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError:
+            raise DataError(f"{path} is not valid JSON: it was damaged after training.") from None
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return dict(_flat(self.read("run.json").get("settings", {})))
+
+    @cached_property
+    def curves(self) -> list[tuple[str, str, str]]:
+        """Title, and the picture on a light and on a dark page."""
+        metrics = Run(self.path, write=False).read_metrics()
+        light, dark = (curve_pictures(metrics, dark=dark) for dark in (False, True))
+        return [(title, pictures.drawing(light[title]), pictures.drawing(dark[title])) for title in light]
+
+    @cached_property
+    def cost(self) -> dict[str, float]:
+        """Counted before training, and measured as it was evaluated."""
+        summary, measured = self.read("summary.json"), next(iter(self.results.values())).about.get("encoding", {})
+        sizes = summary.get("params", {})
+        found = {
+            "parameters": sizes.get("total"),
+            "trained parameters": sizes.get("trainable"),
+            "trained share": sizes["trainable"] / sizes["total"] if sizes else None,
+            "FLOPs to encode a study": summary.get("flops_per_sample"),
+            "FLOPs to train on a study": summary.get("flops_per_training_sample"),
+            "FLOPs of a training step": summary.get("flops_per_step"),
+            "training, seconds": summary.get("seconds"),
+            "encoding, seconds a study": measured.get("seconds_per_study"),
+            "encoding, studies at a time": measured.get("batch_size"),
+            "most memory while evaluating, bytes": measured.get("peak_memory_bytes"),
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """What each run is called: its folder's name, with as many folders above it as tell them apart."""
+    if not runs:
+        raise DataError("expected the folder of an evaluated run, or several to compare.")
+    paths = [Path(run).resolve() for run in runs]
+    if len(set(paths)) != len(paths):
+        raise DataError("the same run is named twice: expected different ones to compare.")
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _of_task(compared: Sequence[_Evaluated], task: str) -> dict[str, Result]:
+    return {one.name: one.results[task] for one in compared if task in one.results}
+
+
+def _figures(compared: Sequence[_Evaluated]) -> dict[str, Any]:
+    """All that the JSON file says, which is all figures that the page shows."""
+    tasks = list(dict.fromkeys(task for one in compared for task in one.results))
+    found = {task: _task_figures(task, _of_task(compared, task)) for task in tasks}
+    headline = [
+        {"task": task, "score": score["name"]} for task, of in found.items() for score in _telling(task, of["scores"])
+    ]
+    return {
+        "format": _FORMAT,
+        "runs": {
+            one.name: {
+                "method": next(iter(one.results.values())).about.get("method"),
+                "trained_on_manifest_sha256": one.read("run.json").get("manifest_sha256"),
+                "device": next(iter(one.results.values())).about.get("device"),
+                "cost": one.cost,
+                "versions": next(iter(one.results.values())).about.get("versions", {}),
+            }
+            for one in compared
+        },
+        "headline": headline,
+        "tasks": found,
+    }
+
+
+def _telling(task: str, scores: list[dict]) -> list[dict]:
+    named = [score for score in scores if any(part in score["name"] for part in _HEADLINE.get(task, ()))]
+    return named or scores[:1]
+
+
+def _task_figures(task: str, of: Mapping[str, Result]) -> dict[str, Any]:
+    _check_same_data(task, of)
+    names = list(dict.fromkeys(score.name for result in of.values() for score in result.scores))
+    return {
+        "data": _data(next(iter(of.values()))),
+        "settings": _side_by_side({run: dict(_flat(result.settings)) for run, result in of.items()}),
+        "seconds": {run: result.about.get("seconds") for run, result in of.items()},
+        "scores": [_score_figures(name, of) for name in names],
+        "shown": {run: result.shown for run, result in of.items()},
+    }
+
+
+def _check_same_data(task: str, of: Mapping[str, Result]) -> None:
+    (first, known), *others = ((run, result.about["data"]) for run, result in of.items())
+    for run, data in others:
+        for key, what in (("split", "split"), ("manifest_sha256", "manifest's SHA-256")):
+            if data[key] != known[key]:
+                raise DataError(
+                    f"{task}: {run} and {first} were evaluated on different data (the {what} is {data[key]} and "
+                    f"{known[key]}): evaluate both with the same --data and --split to compare them."
+                )
+
+
+def _data(result: Result) -> dict[str, Any]:
+    """What a task was evaluated on, and whether it is still the same."""
+    data = dict(result.about["data"])
+    root = Path(data.pop("root", ""))
+    now = root / "manifest.json"
+    data["manifest_sha256_now"] = hashlib.sha256(now.read_bytes()).hexdigest() if now.is_file() else None
+    if data["manifest_sha256_now"] == data["manifest_sha256"]:
+        data["counts"] = read_manifest(root)["counts"]
+    return data
+
+
+def _score_figures(name: str, of: Mapping[str, Result]) -> dict[str, Any]:
+    having = {run: (score, result) for run, result in of.items() for score in result.scores if score.name == name}
+    (first, (base, _)), *_ = having.items()
+    found: dict[str, Any] = {}
+    for run, (score, result) in having.items():
+        found[run] = {
+            **result.intervals[name]._asdict(),
+            "chance": score.chance,
+            "spread": score.spread,
+            "rows": len(score.units),
+            "patients": len(np.unique(score.patients)),
+        }
+        found[run]["beyond_chance"] = _better(score, _shifted(result.intervals[name], score.chance))
+        found[run]["difference"] = _difference(score, base) | {"to": first} if run != first else None
+    return {"name": name, "statistic": base.statistic, "lower_is_better": base.lower_is_better, "runs": found}
+
+
+def _shifted(interval: Interval, by: float | None) -> Interval:
+    return Interval(*(None if x is None or by is None else x - by for x in interval))
+
+
+def _better(score: Score, gain: Interval) -> bool | None:
+    """Whether an interval of gains lies on the good side of 0; None where it holds 0 or there is none, False where it
+    lies on the bad side."""
+    if gain.low is None or gain.low <= 0 <= gain.high:
+        return None
+    return (gain.low > 0) != score.lower_is_better
+
+
+def _difference(score: Score, base: Score) -> dict[str, Any]:
+    try:
+        found = score.difference(base)
+    except ValueError:  # nothing in common, or another statistic
+        found = Interval(None, None, None)
+    return found._asdict() | {"better": _better(score, found)}
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings under their names in one, with dots between."""
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _flat(inner, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", inner
+
+
+def _side_by_side(of: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By name what each run has under it."""
+    names = dict.fromkeys(name for values in of.values() for name in values)
+    return {name: {run: values.get(name) for run, values in of.items()} for name in names}
+
+
+class _Films:
+    """Studies of the data that results were made on, while these are there."""
+
+    def __init__(self):
+        self.missing: set[str] = set()
+
+    def of(self, result: Result, places: Sequence[int]) -> dict[int, Study]:
+        """The studies at these places; none where the data are gone or are no longer the same."""
+        data = result.about["data"]
+        manifest = Path(data.get("root", "")) / "manifest.json"
+        try:
+            if hashlib.sha256(manifest.read_bytes()).hexdigest() == data["manifest_sha256"]:
+                return radiographs(manifest.parent, data["split"], places)
+        except (OSError, DataError):
+            pass
+        self.missing.add(result.task)
+        return {}
+
+
+def _blocks(of: Mapping[str, Result], films: _Films) -> Iterator[dict[str, Any]]:
+    """What the page shows beside a task's figures: galleries of all runs together, the rest a run after the other."""
+    if galleries := {run: result.shown["galleries"] for run, result in of.items() if result.shown.get("galleries")}:
+        yield {"kind": "gallery", "ways": _gallery(of, galleries, films)}
+    for run, result in of.items():
+        of_run = f" ({run})" if len(of) > 1 else ""
+        for name, value in result.shown.items():
+            if name == "galleries" or value in (None, [], {}, ""):
+                continue
+            title = _words(name) + of_run
+            if examples := _examples(result, value, films):
+                yield {"kind": "pictures", "title": title, "examples": examples}
+                continue
+            if curves := _roc(value):
+                yield {"kind": "roc", "title": f"ROC curves{of_run}", "curves": curves}
+            yield (
+                {"kind": "table", "title": title, **table}
+                if (table := _table(value))
+                else {
+                    "kind": "values",
+                    "title": title,
+                    "value": value,
+                }
+            )
+
+
+def _gallery(
+    of: Mapping[str, Result], galleries: Mapping[str, list], films: _Films
+) -> dict[str, dict[tuple, dict[str, Any]]]:
+    """By way the queries, each with the best results of every run, as in figures 3 and 4 of the ClinVLA paper."""
+    asked = [one for gallery in galleries.values() for one in gallery]
+    places = {place for one in asked for place in (one["query"], *(hit["place"] for hit in one["results"]))}
+    studies = films.of(next(iter(of.values())), {place for place in places if isinstance(place, int)})
+    ways: dict[str, dict[tuple, dict[str, Any]]] = {}
+    for run, gallery in galleries.items():
+        for one in gallery:
+            given, _, wanted = one["way"].partition(" to ")
+            query = {"label": one.get("label"), "card": _card(one["query"], studies, given), "rows": {}}
+            query = ways.setdefault(one["way"], {}).setdefault((str(one["query"]), one.get("label")), query)
+            query["rows"][run] = [_card(hit["place"], studies, wanted) | hit for hit in one["results"]]
+    return ways
+
+
+def _card(place: int | str, studies: Mapping[int, Study], side: str) -> dict[str, Any]:
+    """A study as a query or a result: its film or its words.
+
+    Args:
+        place: in its split; or words that are of no study.
+        side: "image" or "text".
+    """
+    card: dict[str, Any] = {"place": place, "labels": "", "words": "", "picture": None, "alt": ""}
+    if not isinstance(place, int):
+        return card | {"place": None, "words": place}
+    if study := studies.get(place):
+        card["labels"] = _labels(study)
+        view = next((view for view in VIEWS if view in study.images), None)
+        if side == "text" or not view:
+            card["words"] = study.report or "no report"
+        else:
+            card |= {"picture": pictures.film(study.images[view]), "alt": _alt(view, place, study)}
+    return card
+
+
+def _labels(study: Study) -> str:
+    return ", ".join(study.labels) or "no label"
+
+
+def _alt(view: str, place: int, study: Study) -> str:
+    return f"{_words(view)} view of study {place}, {_labels(study)}"
+
+
+def _examples(result: Result, value: Any, films: _Films) -> list[dict[str, Any]]:
+    """Examples that name arrays of the result: each with their pictures, and what else is said of it in words.
+
+    uint8 [height, width] is a picture. float32 [views, rows, columns] is a map over each view of the study at "place";
+    "boxes" are of its "view", or name theirs.
+    """
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        return []
+    arrays = [
+        {k: result.arrays[v] for k, v in one.items() if isinstance(v, str) and v in result.arrays} for one in value
+    ]
+    if not any(arrays):
+        return []
+    studies = films.of(result, {one["place"] for one in value if "place" in one})
+    found = []
+    for one, named in zip(value, arrays, strict=True):
+        said = {k: v for k, v in one.items() if k not in named and k not in ("place", "label", "boxes", "view")}
+        shown = []
+        for name, array in named.items():
+            if array.dtype == np.uint8:
+                shown.append({"picture": pictures.film(array), "alt": f"{_words(name)}, study {one['place']}"})
+                shown[-1]["caption"] = _words(name)
+            elif study := studies.get(one["place"]):
+                shown += _maps(study, one, array)
+        title = f"{one['label']}, study {one['place']}" if one.get("label") else f"study {one.get('place')}"
+        words = ", ".join(f"{_words(k)}: {_figure(v)}" for k, v in said.items() if not isinstance(v, dict))
+        found.append({"title": title, "pictures": shown, "words": words})
+    return found
+
+
+def _maps(study: Study, example: Mapping[str, Any], heat: np.ndarray) -> Iterator[dict[str, Any]]:
+    """A map over each view that it is of, the boxes of what it should point at outlined."""
+    for view, of_view in zip(VIEWS, heat, strict=False):
+        if view in study.images and not np.isnan(of_view).any():
+            boxes = [box[-4:] for box in example.get("boxes", ()) if example.get("view", view) == view]
+            alt = f"{_alt(view, example['place'], study)}, under a map of {example.get('label', 'attention')}"
+            yield {"picture": pictures.heated(study.images[view], of_view, boxes), "alt": alt, "caption": _words(view)}
+
+
+def _roc(value: Any) -> dict[str, str]:
+    """By finding the points of an SVG polyline, 100 units a side: false positives to the right, true ones up."""
+    if not isinstance(value, dict):
+        return {}
+    return {
+        name: " ".join(f"{100 * x:.1f},{100 - 100 * y:.1f}" for x, y in of["roc"])
+        for name, of in value.items()
+        if isinstance(of, dict) and of.get("roc")
+    }
+
+
+def _table(value: Any) -> dict[str, Any] | None:
+    """A confusion matrix, or things by name with the same said of each; None where it is neither."""
+    if not isinstance(value, dict):
+        return None
+    if "classes" in value and "confusion" in value:
+        rows = zip(value["classes"], value["confusion"], strict=True)
+        return {"columns": ["true, down; told, across", *value["classes"]], "rows": list(rows)}
+    if not all(isinstance(of, dict) for of in value.values()):
+        return None
+    flat = {name: {key: x for key, x in _flat(of) if key != "roc"} for name, of in value.items()}
+    columns = list(dict.fromkeys(key for of in flat.values() for key in of))
+    return {"columns": ["", *columns], "rows": [(name, [of.get(key) for key in columns]) for name, of in flat.items()]}
+
+
+def _page(figures: dict[str, Any], compared: Sequence[_Evaluated]) -> str:
+    films, names = _Films(), list(figures["runs"])
+    blocks = {task: list(_blocks(_of_task(compared, task), films)) for task in figures["tasks"]}
+    told = {(task, score["name"]): score for task, of in figures["tasks"].items() for score in of["scores"]}
+    settings = _side_by_side({one.name: one.settings for one in compared})
+    text = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"figure": _figure, "signed": _signed, "words": _words}
+    return environment.from_string(text).render(
+        title=f"Evaluation of {', '.join(names)}",
+        runs=figures["runs"],
+        tasks=figures["tasks"],
+        headline=[told[one["task"], one["score"]] | {"task": one["task"]} for one in figures["headline"]],
+        blocks=blocks,
+        films_missing=sorted(films.missing),
+        curves={one.name: one.curves for one in compared if one.curves},
+        cost=_rows(_side_by_side({one.name: one.cost for one in compared}), names),
+        # Those that differ come first.
+        settings=sorted(_rows(settings, names), key=lambda row: all(x == row[1][0] for x in row[1])),
+        versions=_rows(_side_by_side({name: of["versions"] for name, of in figures["runs"].items()}), names),
+        as_rows=_rows,
+        across=_across,
+        scale=_scale,
+    )
+
+
+def _rows(side_by_side: Mapping[str, Mapping[str, Any]], runs: Iterable[str]) -> list[tuple[str, list[Any]]]:
+    return [(name, [of.get(run) for run in runs]) for name, of in side_by_side.items()]
+
+
+def _scale(of: Iterable[Mapping[str, Any]], around: float | None = None) -> tuple[float, float]:
+    """The ends of an axis that holds these intervals: 0 and 1 where all lie between, or as far to both sides of
+    `around`."""
+    known = [one[key] for one in of for key in ("value", "low", "high", "chance") if one.get(key) is not None]
+    if around is not None:
+        reach = max((abs(x - around) for x in known), default=0) or 1
+        return around - reach, around + reach
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high if high > low else low + 1)
+
+
+def _across(x: float, ends: tuple[float, float]) -> str:
+    """Where a value lies on an axis of 200 units."""
+    low, high = ends
+    return f"{6 + 188 * (x - low) / (high - low):.1f}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ")
+
+
+def _signed(x: float) -> str:
+    return f"{x:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _figure(x: Any) -> str:
+    """A value as people read it."""
+    if isinstance(x, bool) or x is None:
+        return {None: "", True: "yes", False: "no"}[x]
+    if isinstance(x, list | tuple):
+        return "; ".join(map(_figure, x))
+    if isinstance(x, int) or (isinstance(x, float) and abs(x) >= 1000):
+        return f"{x:,.0f}"
+    if isinstance(x, float):
+        return f"{x:.3f}" if x == 0 or abs(x) >= 0.001 else f"{x:.2g}"
+    return str(x)
