@@ -58,9 +58,10 @@ def test_the_wheel_holds_every_module(wheel, pytestconfig):
             assert (f"clinvla_fast/{name}" if folder == "kernels" else name) in wheel
 
 
-def test_the_wheel_holds_prompts(wheel, pytestconfig):
-    prompts = list((pytestconfig.rootpath / "clinvla_fast").rglob("*.toml"))
-    assert prompts and {path.relative_to(pytestconfig.rootpath).as_posix() for path in prompts} <= wheel
+def test_the_wheel_holds_prompts_and_templates(wheel, pytestconfig):
+    for kind in ("toml", "jinja"):
+        found = list((pytestconfig.rootpath / "clinvla_fast").rglob(f"*.{kind}"))
+        assert found and {path.relative_to(pytestconfig.rootpath).as_posix() for path in found} <= wheel
 
 
 def test_the_wheel_holds_nothing_else(wheel):

@@ -62,6 +62,8 @@ class _Evaluated:
     name: str
 
     def __post_init__(self):
+        if not self.path.is_dir():
+            raise DataError(f"{self.path}: no such folder, expected that of a finished python -m training.pretrain.")
         self.results = {result.task: result for result in results(self.path)}
         if not self.results:
             raise DataError(
@@ -339,9 +341,8 @@ def _examples(result: Result, value: Any, films: _Films) -> list[dict[str, Any]]
     """
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         return []
-    arrays = [
-        {k: result.arrays[v] for k, v in one.items() if isinstance(v, str) and v in result.arrays} for one in value
-    ]
+    known = result.arrays
+    arrays = [{k: known[v] for k, v in one.items() if isinstance(v, str) and v in known} for one in value]
     if not any(arrays):
         return []
     studies = films.of(result, {one["place"] for one in value if "place" in one})
