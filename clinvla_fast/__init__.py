@@ -9,6 +9,7 @@ from .errors import DataError
 from .study import VIEWS
 
 _HOME = {
+    "AdaptorModel": ".modeling.adaptor",
     "Captured": ".modeling.captured",
     "ClinVLA": ".modeling.model",
     "Collection": ".search",
@@ -23,6 +24,7 @@ _MODULES = ("backend", "ops")
 
 __all__ = [
     "VIEWS",
+    "AdaptorModel",
     "Captured",
     "ClinVLA",
     "Collection",

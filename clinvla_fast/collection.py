@@ -34,6 +34,7 @@ from .data.radiographs import UnreadableImage, read_radiograph
 from .data.shards import empty_or_absent, read_manifest, shard_paths
 from .data.workers import obey_parent
 from .errors import DataError
+from .modeling.adaptor import AdaptorModel
 from .modeling.model import ClinVLA
 from .run import replacing, write_json
 from .study import StudyBatch
@@ -65,7 +66,7 @@ _Stream = Generator[tuple[_Rows, Callable[[], str]], None, None]
 
 
 def embed(
-    model: ClinVLA | str | Path,
+    model: ClinVLA | AdaptorModel | str | Path,
     source: str | Path | Iterable[str | Path],
     out: str | Path,
     *,
@@ -79,7 +80,8 @@ def embed(
     the last whole part and ends with the same bytes.
 
     Args:
-        model: a ClinVLA, on the device to use (it is put in evaluation mode), or what `ClinVLA.from_pretrained` takes.
+        model: a ClinVLA or AdaptorModel, on the device to use (it is put in evaluation mode), or what
+            `ClinVLA.from_pretrained` takes.
         source: a folder written by training.prepare: images and reports, as evaluation sees them, under their study_id.
             Or a folder of PNG, JPEG and DICOM files, searched through and sorted; or paths of such files: each file is
             the frontal of a study without a report, under its path (in a folder: relative to the folder). Files that
@@ -95,7 +97,7 @@ def embed(
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}: expected at least 1.")
-    if not isinstance(model, ClinVLA):
+    if isinstance(model, str | Path):
         model = ClinVLA.from_pretrained(model)
     model.eval()
     out = Path(out).resolve()
@@ -109,7 +111,7 @@ def embed(
         chosen = _Files(source, out.parent)
     settings = {
         "format": _FORMAT,
-        "width": model.recipe.width,
+        "width": model.width,
         "model_sha256": model_sha256(model),
         "source": chosen.identity,
         "batch_size": batch_size,
@@ -138,7 +140,7 @@ def embed(
     return _finish(out, settings, parts)
 
 
-def model_sha256(model: ClinVLA) -> str:
+def model_sha256(model: ClinVLA | AdaptorModel) -> str:
     """What tells a model from any other: its recipe, vocabulary and every weight, the towers' included."""
     words = sorted(model.tokenizer.get_vocab().items())
     digest = hashlib.sha256(json.dumps([asdict(model.recipe), words]).encode())
@@ -250,7 +252,7 @@ class _Shards:
         digest = hashlib.sha256((root / "manifest.json").read_bytes()).hexdigest()
         self.identity = {"kind": "shards", "manifest_sha256": digest, "splits": list(sizes)}
 
-    def stream(self, model: ClinVLA, batch_size: int, done: int, position: str) -> _Stream:
+    def stream(self, model: ClinVLA | AdaptorModel, batch_size: int, done: int, position: str) -> _Stream:
         for split, studies in self._sizes.items():
             if done >= studies:
                 done -= studies
@@ -271,7 +273,7 @@ class _Shards:
 
 
 @torch.inference_mode()
-def _embed_batch(model: ClinVLA, batch: StudyBatch) -> _Rows:
+def _embed_batch(model: ClinVLA | AdaptorModel, batch: StudyBatch) -> _Rows:
     found = model(batch.to(model.device))
     has_image, has_text = found.image_mask.any(1), found.text_mask.any(1)
     image = normalize(found.image_global.float(), dim=-1) * has_image[:, None]
@@ -302,7 +304,7 @@ class _Files:
             raise DataError(f"{where} no image: expected files that end in {', '.join(_SUFFIXES)}.")
         self.identity = {"kind": "images", "names_sha256": digest.hexdigest(), "files": self.studies}
 
-    def stream(self, model: ClinVLA, batch_size: int, done: int, position: str) -> _Stream:
+    def stream(self, model: ClinVLA | AdaptorModel, batch_size: int, done: int, position: str) -> _Stream:
         self._names.seek(0)
         names = (json.loads(line) for line in islice(self._names, done, None))
         # Processes, as many warnings of pydicom must be silenced and that is not safe between threads; forked, as in

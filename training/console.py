@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from clinvla_fast.errors import DataError
 
 if TYPE_CHECKING:
-    from clinvla_fast import ClinVLA
+    from clinvla_fast import AdaptorModel, ClinVLA
 
 _FULL = "free some space or write to another disk"
 _FORBIDDEN = "choose a path that you may read and write"
@@ -114,15 +114,17 @@ def device_name(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def load_model(folder: Path, device: str) -> ClinVLA:
+def load_model(folder: Path, device: str) -> ClinVLA | AdaptorModel:
     """The model of a finished run, on a device as `device_name` takes it.
 
     Raises:
         DataError: if `folder` holds no model, or there is no such device.
     """
-    from clinvla_fast import ClinVLA
+    from clinvla_fast import AdaptorModel, ClinVLA
+    from clinvla_fast.modeling.adaptor import WEIGHTS
 
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder, expected that of a finished python -m training.pretrain.")
     quiet_libraries()
-    return ClinVLA.from_pretrained(folder).to(device_name(device))
+    load = AdaptorModel.load if (folder / WEIGHTS).is_file() else ClinVLA.from_pretrained
+    return load(folder).to(device_name(device))

@@ -27,7 +27,7 @@ from clinvla_fast.cost import (
     step_flops,
     training_flops,
 )
-from clinvla_fast.data.features import FeatureLoader, write_features
+from clinvla_fast.data.features import FeatureLoader, stored_dtype, write_features
 from clinvla_fast.data.loader import StudyLoader
 from clinvla_fast.data.phantom.dataset import write_phantoms
 from clinvla_fast.data.shards import read_manifest, read_studies
@@ -310,7 +310,7 @@ class Job:
         stage.flops = lambda batch: len(batch) * sizes["flops_per_training_sample"]
         del towers  # their outputs are on disk
         self.describe(run, manifest, sizes)
-        lines = 'from clinvla_fast.modeling.adaptor import Adaptor\n\nadaptor = Adaptor.load("this folder")'
+        lines = 'from clinvla_fast import AdaptorModel\n\nmodel = AdaptorModel.load("this folder")'
         run.use = {"use": lines}
         self.print_sizes(sizes)
         validation = make_loader(split="validate") if "validate" in splits else None
@@ -343,7 +343,7 @@ class Job:
             "hidden": 4 * width,
         }
         names = {"image_encoder": image.name, "text_encoder": text.name}
-        return Adaptor(image.width, text.width, **sizes, **names).to(self.device)
+        return Adaptor(image.width, text.width, **sizes, **names, max_tokens=self.recipe.max_tokens).to(self.device)
 
     def write_features(self, data: Path, split: str, out: Path, image: ImageEncoder, text: TextEncoder) -> None:
         loader = StudyLoader(
@@ -355,7 +355,7 @@ class Job:
             batch_size=_EVALUATION_BATCH,
             device="gpu" if self.device.type == "cuda" else "cpu",
         )
-        dtype = torch.float16 if self.dtype == torch.float32 else self.dtype
+        dtype = stored_dtype(self.dtype)
         with _bar(f"features, {split}") as show:
             write_features(loader, image, text, out, dtype, lambda done, of: show(done, of, "studies"))
 
@@ -463,7 +463,7 @@ class Job:
         files = "summary.json, README.md, metrics.jsonl, curves.png, tensorboard/ and the model"
         console.print(f"{summary['seconds']:.0f} s. In {self.out}: {files}:", soft_wrap=True)
         if self.recipe.fusion:
-            use = f'from clinvla_fast.modeling.adaptor import Adaptor; Adaptor.load("{self.out}")'
+            use = f'from clinvla_fast import AdaptorModel; AdaptorModel.load("{self.out}")'
         else:
             use = f'from clinvla_fast import ClinVLA; ClinVLA.from_pretrained("{self.out}")'
         console.print(f"    {use}", soft_wrap=True)

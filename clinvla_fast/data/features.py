@@ -75,6 +75,21 @@ class FeatureBatch:
         return FeatureBatch(**tensors, **lists)
 
 
+def stored_dtype(computed: torch.dtype) -> torch.dtype:
+    """What tokens that were computed in a dtype are stored in."""
+    return torch.float16 if computed == torch.float32 else computed
+
+
+def view_tokens(images: Tensor, present: Tensor, image_encoder: ImageEncoder) -> tuple[Tensor, Tensor]:
+    """The tokens of each study's present views, one after the other, and where there is one: as in FeatureBatch.
+
+    Args: images and present as in StudyBatch.
+    """
+    tokens = image_encoder(images[present])
+    packing = Packing.of(present.sum(1).cpu() * image_encoder.patches, tokens.device)
+    return packing.pad(tokens.flatten(0, 1)), packing.mask
+
+
 def encode_features(batch: StudyBatch, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> FeatureBatch:
     """What the cache holds of a batch, computed now and in the encoders' dtypes.
 
@@ -84,10 +99,8 @@ def encode_features(batch: StudyBatch, image_encoder: ImageEncoder, text_encoder
     Raises:
         ValueError: if an encoder does not read such images or reports.
     """
-    tokens = image_encoder(batch.images[batch.present])
-    packing = Packing.of(batch.present.sum(1).cpu() * image_encoder.patches, tokens.device)
-    text, text_mask = text_encoder(batch.tokens, batch.lengths)
-    return FeatureBatch(packing.pad(tokens.flatten(0, 1)), packing.mask, text, text_mask, batch.labels, batch.ids)
+    image = view_tokens(batch.images, batch.present, image_encoder)
+    return FeatureBatch(*image, *text_encoder(batch.tokens, batch.lengths), batch.labels, batch.ids)
 
 
 def write_features(

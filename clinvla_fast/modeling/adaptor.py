@@ -10,8 +10,9 @@ It embeds a study in two ways, and is trained with the symmetric contrastive los
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,17 +21,19 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize, scaled_dot_product_attention
 
-from ..data.features import FeatureBatch, encode_features
+from ..data.features import FeatureBatch, stored_dtype, view_tokens
 from ..distributed import Rows, gathered
 from ..errors import DataError
 from ..evaluation.retrieval import retrieval_scores
+from ..methods.adaptor import METHOD
 from ..objectives import global_contrastive
 from ..run import replacing, write_json
-from ..study import StudyBatch
-from .encoders import ImageEncoder, TextEncoder
+from ..study import Embeddings, StudyBatch
+from .encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
+from .encoding import Encoding
 from .packing import Packing
 
-_WEIGHTS = "adaptor.safetensors"
+WEIGHTS = "adaptor.safetensors"
 _TEMPERATURE, _LARGEST_SCALE = 0.07, 100.0
 
 
@@ -57,6 +60,7 @@ class Adaptor(nn.Module):
         width: of the block and of the embeddings, divisible by heads.
         hidden: of the feed-forward network.
         image_encoder, text_encoder: names or folders, for whoever loads this to embed new studies.
+        max_tokens: of a report that it was trained on, CLS and SEP included; for the same.
     """
 
     def __init__(
@@ -69,11 +73,13 @@ class Adaptor(nn.Module):
         hidden: int = 2048,
         image_encoder: str = "",
         text_encoder: str = "",
+        max_tokens: int = METHOD.recipe.max_tokens,
     ):
         super().__init__()
         self.sizes = {"image_width": image_width, "text_width": text_width}
         self.sizes |= {"width": width, "heads": heads, "hidden": hidden}
         self.encoders = {"image_encoder": str(image_encoder), "text_encoder": str(text_encoder)}
+        self.max_tokens = max_tokens
         self.image_in, self.text_in = nn.Linear(image_width, width), nn.Linear(text_width, width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
@@ -97,8 +103,13 @@ class Adaptor(nn.Module):
 
         Zero where the study lacks that modality.
         """
-        image, text = self._read(batch)
-        return self._embed(image, image), self._embed(text, text)
+        image = self.alone("image", batch.image, batch.image_mask)
+        return image, self.alone("text", batch.text, batch.text_mask)
+
+    def alone(self, side: Literal["image", "text"], tokens: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings of one modality by itself, from its tokens and mask in a FeatureBatch: [B, width]."""
+        read = self._tokens(self.image_in if side == "image" else self.text_in, tokens, mask)
+        return self._embed(read, read)
 
     def losses(self, batch: FeatureBatch) -> dict[str, Tensor]:
         """Of the studies that have both a view and a word: scalars `paired`, `separate` and their mean, `loss`.
@@ -154,8 +165,8 @@ class Adaptor(nn.Module):
             if name and Path(name).exists():  # a path, then, and not a name on a hub
                 path = Path(name).resolve()
                 encoders[kind] = str(path.relative_to(folder) if path.is_relative_to(folder) else path)
-        write_json(folder / "config.json", self.sizes | encoders)
-        with replacing(folder / _WEIGHTS) as partial:
+        write_json(folder / "config.json", self.sizes | encoders | {"max_tokens": self.max_tokens})
+        with replacing(folder / WEIGHTS) as partial:
             partial.write_bytes(save({name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}))
 
     @classmethod
@@ -166,31 +177,81 @@ class Adaptor(nn.Module):
             DataError: if the folder holds no Adaptor, or a damaged one.
         """
         folder = Path(folder)
-        if not (folder / "config.json").is_file() or not (folder / _WEIGHTS).is_file():
-            raise DataError(
-                f"{folder} holds no config.json and {_WEIGHTS}: pass a folder that an Adaptor was saved in."
-            )
+        if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
+            raise DataError(f"{folder} holds no config.json and {WEIGHTS}: pass a folder that an Adaptor was saved in.")
         try:
             settings = json.loads((folder / "config.json").read_text())
             for kind in ("image_encoder", "text_encoder"):
                 if settings[kind] and (folder / settings[kind]).exists():
                     settings[kind] = str(folder / settings[kind])
             adaptor = cls(**settings)
-            adaptor.load_state_dict(load_file(folder / _WEIGHTS))
+            adaptor.load_state_dict(load_file(folder / WEIGHTS))
         except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{folder}: the Adaptor is damaged ({reason}): copy or train it again.") from None
         return adaptor
 
 
-@torch.inference_mode()
-def embed_studies(
-    adaptor: Adaptor, image_encoder: ImageEncoder, text_encoder: TextEncoder, batch: StudyBatch
-) -> tuple[Tensor, Tensor]:
-    """L2-normalised embeddings of new studies' images and reports, each by itself: [B, width] both; zero where a study
-    has none. The batch and all three modules are on one device."""
-    image, text = adaptor.separate(encode_features(batch, image_encoder, text_encoder))
-    return normalize(image, dim=-1), normalize(text, dim=-1)
+class AdaptorModel(nn.Module, Encoding):
+    """An Adaptor and its encoders as one model, with what evaluation, embedding and search use of a ClinVLA.
+
+    Args:
+        vision, text: the encoders.
+    """
+
+    def __init__(self, adaptor: Adaptor, vision: ImageEncoder, text: TextEncoder):
+        super().__init__()
+        self.adaptor, self.vision, self.text = adaptor, vision, text
+        self.tokenizer, self.max_tokens = text.tokenizer, min(adaptor.max_tokens, text.max_tokens)
+        self.width = adaptor.sizes["width"]
+        self.recipe = replace(METHOD.recipe, width=self.width, max_tokens=self.max_tokens)
+        self.eval()
+
+    @classmethod
+    def load(cls, folder: Path) -> "AdaptorModel":
+        """What was saved in `folder`, with the encoders that it names.
+
+        Raises:
+            DataError: if the folder holds no Adaptor, a damaged one, or one of other encoders than it names.
+            TowerUnavailable: if an encoder cannot be had.
+        """
+        adaptor = Adaptor.load(folder)
+        vision = load_image_encoder(adaptor.encoders["image_encoder"])
+        text = load_text_encoder(adaptor.encoders["text_encoder"])
+        for kind, encoder in (("image", vision), ("text", text)):
+            if encoder.width != adaptor.sizes[f"{kind}_width"]:
+                expected = adaptor.sizes[f"{kind}_width"]
+                raise DataError(
+                    f"{folder}: {encoder.name} gives tokens of {encoder.width} numbers, its Adaptor reads {expected}."
+                )
+        return cls(adaptor, vision, text)
+
+    @property
+    def device(self) -> torch.device:
+        return self.adaptor.log_scales.device
+
+    def forward(self, batch: StudyBatch) -> Embeddings:
+        """Of whole studies, each modality by itself; zero where a study has none. There is nothing local."""
+        return Embeddings(
+            *self.embed_images(batch.images, batch.present), *self.embed_reports(batch.tokens, batch.lengths)
+        )
+
+    def embed_images(self, images: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The image side of Embeddings. Args: as StudyBatch."""
+        return self._embed("image", *view_tokens(images, present, self.vision))
+
+    def embed_reports(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The report side of Embeddings. Args: as StudyBatch."""
+        return self._embed("text", *self.text(tokens, lengths))
+
+    def image_features(self, batch: StudyBatch) -> Tensor:
+        """The mean of the tokens of a study's views, as the image encoder gives them: [B, its width]."""
+        tokens, mask = view_tokens(batch.images, batch.present, self.vision)
+        return tokens.masked_fill(~mask[..., None], 0).float().sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+    def _embed(self, side: Literal["image", "text"], tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rounded = tokens.to(stored_dtype(tokens.dtype))  # as it was trained on them
+        return self.adaptor.alone(side, rounded, mask), rounded.new_zeros(*mask.shape, 0), mask
 
 
 @torch.inference_mode()

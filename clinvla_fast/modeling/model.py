@@ -1,29 +1,25 @@
 """ClinVLA: two frozen towers, the adapters in them, and heads into a shared space."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, cross_entropy, normalize, pad
+from torch.nn.functional import avg_pool2d, cross_entropy, pad
 
 from .. import ops
-from ..data.radiographs import read_radiograph
-from ..data.reports import clean_report
-from ..data.tokenizer import tokenize_reports
 from ..errors import DataError
 from ..objectives import Alignment
 from ..recipe import Optimization, Recipe
 from ..run import replacing
 from ..study import VIEWS, Embeddings, StudyBatch
 from ..twins import swap
+from .encoding import Encoding
 from .frozen import freeze, run_in
 from .masked_modeling import ImageDecoder, WordHead, draw_masked_words, masked_words, patch_errors
 from .packing import Packing
@@ -54,7 +50,7 @@ class ProjectionHead(nn.Sequential):
         first.weight.mul_(scale[:, None])
 
 
-class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", license="apache-2.0"):
+class ClinVLA(nn.Module, Encoding, PyTorchModelHubMixin, library_name="clinvla-fast", license="apache-2.0"):
     """Two towers in a shared space, as a recipe has them: by default ClinVLA (Hao et al. 2025, section 3), its towers
     frozen and fast, its adapters new.
 
@@ -302,61 +298,6 @@ class ClinVLA(nn.Module, PyTorchModelHubMixin, library_name="clinvla-fast", lice
         if self.text_global is not None:
             return self.text_global(cls), local, words
         return _wide(cls) if self.text_local is None else _masked_mean(local, words), local, words
-
-    # Use
-
-    @torch.inference_mode()
-    def encode_images(self, studies: Sequence[Mapping[str, str | Path | np.ndarray]], batch_size: int = 32) -> Tensor:
-        """Global embeddings of studies, L2-normalised.
-
-        Args:
-            studies: each maps names of VIEWS ("frontal", "lateral", "prior_frontal", "prior_lateral") to a file
-                (PNG, JPEG or DICOM) or to pixels, uint8 [H, W]. Any view may be missing, but not all.
-
-        Returns:
-            [len(studies), D] on the model's device.
-
-        Raises:
-            DataError: if a study has no view that the recipe looks at, or a name that is none of VIEWS, or a file
-                cannot be read, or pixels are no uint8 [H, W].
-        """
-        size = self.vision.image_size
-        parts = []
-        for start in range(0, len(studies), batch_size):
-            chunk = studies[start : start + batch_size]
-            images = np.zeros((len(chunk), len(VIEWS), size, size), np.uint8)
-            present = np.zeros((len(chunk), len(VIEWS)), bool)
-            for row, study in enumerate(chunk):
-                if not study or set(study) - set(VIEWS):
-                    known = ", ".join(VIEWS)
-                    raise DataError(f"study {start + row} has views {sorted(study)}: expected one or more of {known}.")
-                if not set(study) & set(self.recipe.views):
-                    seen = ", ".join(self.recipe.views)
-                    raise DataError(f"study {start + row} has views {sorted(study)}: this model looks at {seen} alone.")
-                for view, image in study.items():
-                    column = VIEWS.index(view)
-                    pixels = image if isinstance(image, np.ndarray) else read_radiograph(image, size)
-                    if pixels.dtype != np.uint8 or pixels.ndim != 2 or not pixels.size:
-                        got = f"{pixels.dtype} {list(pixels.shape)}"
-                        raise DataError(f"study {start + row}: {view} is {got}: expected pixels, uint8 [H, W].")
-                    images[row, column] = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
-                    present[row, column] = True
-            moved = (torch.from_numpy(x).to(self.device) for x in (images, present))
-            parts.append(normalize(self.embed_images(*moved)[0], dim=-1))
-        return torch.cat(parts) if parts else torch.empty(0, self.width, device=self.device)
-
-    @torch.inference_mode()
-    def encode_reports(self, reports: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Global embeddings of reports or shorter descriptions, L2-normalised: [len(reports), D].
-
-        They are cleaned as in `training.prepare` (abbreviations, hedges, sections) and cut to whole sentences.
-        """
-        parts = []
-        for start in range(0, len(reports), batch_size):
-            cleaned = [clean_report(report) for report in reports[start : start + batch_size]]
-            tokens, lengths = tokenize_reports(self.tokenizer, cleaned, self.max_tokens)
-            parts.append(normalize(self.embed_reports(tokens.to(self.device), lengths)[0], dim=-1))
-        return torch.cat(parts) if parts else torch.empty(0, self.width, device=self.device)
 
     @property
     def device(self) -> torch.device:

@@ -14,8 +14,9 @@ from clinvla_fast.data.features import FeatureBatch, FeatureLoader, encode_featu
 from clinvla_fast.data.loader import StudyLoader
 from clinvla_fast.data.phantom.dataset import write_phantoms
 from clinvla_fast.errors import DataError
-from clinvla_fast.modeling.adaptor import Adaptor, embed_studies, retrieve_features
+from clinvla_fast.modeling.adaptor import Adaptor, AdaptorModel, retrieve_features
 from clinvla_fast.modeling.encoders import load_image_encoder, load_text_encoder
+from clinvla_fast.study import VIEWS
 
 IMAGE, TEXT, WIDTH, HEADS = 6, 10, 8, 2
 LEAKING = "paired (leaks the match)"
@@ -232,8 +233,28 @@ class TestOnStudies:
             direct = adaptor.losses(encode_features(batch, *encoders))
             for name, loss in adaptor.losses(cached).items():
                 torch.testing.assert_close(loss, direct[name], rtol=1e-3, atol=1e-3)
-            for ours, one in zip(embed_studies(adaptor, *encoders, batch), adaptor.separate(cached), strict=True):
-                torch.testing.assert_close(ours, normalize(one, dim=-1), rtol=1e-3, atol=1e-3)
+
+    def test_as_a_model(self, adaptor, cache, studies, encoders):
+        """Embeddings are those of cached tokens, whichever way studies come in."""
+        model = AdaptorModel(adaptor, *encoders)
+        for cached, batch in zip(FeatureLoader(cache, 8), studies, strict=True):
+            found = model(batch)
+            for ours, one in zip((found.image_global, found.text_global), adaptor.separate(cached), strict=True):
+                torch.testing.assert_close(ours, one, rtol=1e-5, atol=1e-5)
+            assert torch.equal(found.image_mask, cached.image_mask) and found.image_local.shape[2] == 0
+            assert torch.equal(found.text_mask, cached.text_mask) and found.text_local.shape[2] == 0
+            expected = [x[mask].mean(0) for x, mask in zip(cached.image.float(), cached.image_mask, strict=True)]
+            torch.testing.assert_close(model.image_features(batch), torch.stack(expected), rtol=1e-2, atol=1e-2)
+        views = [
+            {VIEWS[v]: batch.images[i, v].numpy() for v in batch.present[i].nonzero()[:, 0]} for i in range(len(batch))
+        ]
+        torch.testing.assert_close(model.encode_images(views), normalize(found.image_global, dim=-1))
+        assert model.encode_reports(["The heart is enlarged."]).shape == (1, 16)
+
+    def test_other_encoders_than_its_own(self, adaptor, tiny_towers, tmp_path):
+        Adaptor(64, 128, width=16, heads=2, hidden=32, **adaptor.encoders).save(tmp_path)
+        with pytest.raises(DataError, match="gives tokens of 128 numbers, its Adaptor reads 64"):
+            AdaptorModel.load(tmp_path)
 
     def test_retrieval(self, adaptor, cache, studies, encoders):
         cached = retrieve_features(adaptor, FeatureLoader(cache, 8))
@@ -268,7 +289,8 @@ class TestOnStudies:
 
 class TestFiles:
     def test_saved_and_loaded(self, tmp_path):
-        adaptor = new_adaptor(image_encoder="vit_base_patch16_224.mae", text_encoder=tmp_path / "run" / "text").float()
+        names = {"image_encoder": "vit_base_patch16_224.mae", "text_encoder": tmp_path / "run" / "text"}
+        adaptor = new_adaptor(**names, max_tokens=99).float()
         (tmp_path / "run" / "text").mkdir(parents=True)
         adaptor.save(tmp_path / "run")
         assert json.loads((tmp_path / "run" / "config.json").read_text())["text_encoder"] == "text"
@@ -277,6 +299,7 @@ class TestFiles:
         assert loaded.encoders == {
             "image_encoder": "vit_base_patch16_224.mae", "text_encoder": str(tmp_path / "moved" / "text")
         }  # fmt: skip
+        assert loaded.max_tokens == 99
         batch = features([3, 2], [2, 4])
         for a, b in zip(adaptor.separate(batch), loaded.separate(batch), strict=True):
             assert torch.equal(a, b)

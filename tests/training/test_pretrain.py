@@ -15,8 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clinvla_fast import ClinVLA
+from clinvla_fast import ClinVLA, Collection, DataError, embed
+from clinvla_fast.evaluation.retrieval import retrieval_scores
+from clinvla_fast.evaluation.subject import Subject
 from clinvla_fast.interrupts import interruptible, interrupts
+from training.console import load_model
 from training.pretrain import main
 
 SMALL = ["--epochs", "3", "--towers.epochs", "1", "--batch-size", "16", "--towers.batch-size", "16", "--device", "cpu"]
@@ -142,6 +145,27 @@ def test_cosine_objective_runs_and_its_collapse_is_told(finished_run, tmp_path, 
     assert json.loads((out / "summary.json").read_text())["collapsed"] is True
     assert "collapse" in capsys.readouterr().out
     assert not (out / "towers").exists()  # those given were used
+
+
+def test_an_adaptor_run_is_evaluated_as_it_was_when_it_ended(finished_run, tmp_path):
+    out, data = tmp_path / "run", finished_run / "data"
+    towers = ["--vision-tower", str(finished_run / "towers/vision"), "--text-tower", str(finished_run / "towers/text")]
+    main([*SMALL, "--method", "adaptor", "--max-tokens", "20", "--data", str(data), *towers, "--out", str(out)])
+    model = load_model(out, "cpu")
+    assert model.max_tokens == 20  # fewer than the tower reads
+    subject = Subject(out, model, data, "test")
+    found, labels = subject.embedded, [study.labels for study in subject.studies]
+    assert len(found.paired) == len(labels)
+    retrieval = json.loads((out / "summary.json").read_text())["retrieval"]
+    assert retrieval["text_to_image"] == pytest.approx(retrieval_scores(found.text, found.image, labels), abs=1e-5)
+    assert retrieval["image_to_text"] == pytest.approx(retrieval_scores(found.image, found.text, labels), abs=1e-5)
+    embed(model, data, tmp_path / "embedded", split="test")
+    collection = Collection(tmp_path / "embedded")
+    collection.check_model(load_model(out, "cpu"))
+    with pytest.raises(DataError, match="embedded by another model"):
+        collection.check_model(ClinVLA.from_pretrained(finished_run))
+    hits = collection.search(model.encode_reports(["Large pleural effusion."]), k=3)
+    assert len(hits[0]) == 3
 
 
 class TestBadInput:
