@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score, roc_auc_score
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score
 
 _DRAWS = 1000
 _ENOUGH = 0.5  # of the draws must give a figure: a class that few patients have is missing in the others
@@ -28,7 +28,11 @@ def _f1(weights: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> float
 
 
 def _auc(weights: np.ndarray, target: np.ndarray, scored: np.ndarray) -> float:
-    return roc_auc_score(target, scored, sample_weight=weights) if target.any() and not target.all() else np.nan
+    # As scikit-learn's roc_auc_score, with which a bootstrap over some findings of 25,000 studies takes an hour.
+    _, place = np.unique(scored, return_inverse=True)
+    found, other = np.bincount(place, weights * target), np.bincount(place, weights * ~target)
+    pairs = found.sum() * other.sum()
+    return (found * (other.cumsum() - other / 2)).sum() / pairs if pairs else np.nan
 
 
 def _macro_auc(weights: np.ndarray, target: np.ndarray, scored: np.ndarray) -> float:

@@ -1,0 +1,163 @@
+"""Linear probe: how much of the findings a logistic regression reads from frozen image features."""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from .downstream import Part, Training, parts, percent, share_of, spread, statistic
+from .result import NotApplicable, Result
+from .score import Score
+from .subject import Progress, Subject
+
+_STRENGTHS = 10.0 ** np.arange(-5, 3)  # scikit-learn's C
+_ITERATIONS = 2000
+
+
+def evaluate_linear_probe(subject: Subject, told: Training, progress: Progress) -> Result:
+    """AUC of each finding by a logistic regression on `subject.features`, with shares of the training labels.
+
+    Features are standardised by the studies that are trained on. The regularisation, one for all findings, is the one
+    of the best macro AUC on the validation studies.
+    """
+    labelled = Labelled(subject)
+    made = [(share, seed) for share in told.labels for seed in range(1 if share == 1 else told.seeds)]
+    predicted: dict[float, list[np.ndarray]] = {share: [] for share in told.labels}
+    shown = {}
+    for number, (share, seed) in enumerate(made):
+        used = share_of(labelled.train, share, seed)
+        learned = labelled.learned(used)
+        target, best = labelled.targets(used)[:, learned], (-1.0, 0.0, np.empty(0))
+        for strength in _STRENGTHS:
+            of_validate, of_test = _probe(used, target, strength, (labelled.validate, labelled.test))
+            auc = labelled.validated(of_validate, learned)
+            if auc > best[0]:
+                best = (auc, float(strength), of_test)
+        predicted[share].append(labelled.widened(best[2], learned))
+        about = {"studies": len(used.places), "C": best[1], "left out": labelled.left_out(learned)}
+        shown[f"{percent(share)}, seed {seed}"] = about
+        progress(number + 1, len(made))
+    scores = [score for share in told.labels for score in labelled.scores(percent(share), predicted[share])]
+    return Result("linear-probe", scores, told.settings(), {"trained": shown})
+
+
+def _probe(used: Part, target: np.ndarray, strength: float, asked: Sequence[Part]) -> list[np.ndarray]:
+    """Logits of the studies of each part asked for, a column a finding."""
+    scaler = StandardScaler().fit(_features(used))
+    x, others = scaler.transform(_features(used)), [scaler.transform(_features(part)) for part in asked]
+    columns: list[list[np.ndarray]] = [[] for _ in asked]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # where it is hardly regularised: validation judges
+        for wanted in target.T:
+            model = LogisticRegression(C=strength, max_iter=_ITERATIONS).fit(x, wanted)
+            for column, other in zip(columns, others, strict=True):
+                column.append(model.decision_function(other))
+    return [np.stack(column, 1) for column in columns]
+
+
+def _features(part: Part) -> np.ndarray:
+    return part.subject.features[part.places].numpy()
+
+
+class Labelled:
+    """The findings that a data set's training studies are labelled with, and the studies that have a label: one without
+    any is one that nobody has looked at.
+
+    Raises:
+        NotApplicable: if there are none to train, validate or test on, or no finding that some test studies show and
+            some do not.
+    """
+
+    def __init__(self, subject: Subject):
+        self.train, self.validate, self.test = parts(subject, _has_labels, "labels")
+        studies = self.train.subject.studies
+        self.names = sorted({label for place in self.train.places for label in studies[place].labels})
+        self._tested = _varies(self.targets(self.test))
+        if not self._tested.any():
+            raise NotApplicable(f"no finding of the train split is in some test studies of {subject.root} and not all.")
+
+    def targets(self, part: Part) -> np.ndarray:
+        """Which findings each study shows: bool [n, findings]."""
+        studies = part.subject.studies
+        return np.array([[name in studies[place].labels for name in self.names] for place in part.places])
+
+    def learned(self, used: Part) -> np.ndarray:
+        """Whether some of the studies show a finding, and some do not: bool [findings].
+
+        Raises:
+            NotApplicable: if that is so of none.
+        """
+        learned = _varies(self.targets(used))
+        if not (learned & self._tested).any():
+            raise NotApplicable(
+                f"all {len(used.places)} studies to train on have the same labels: pass larger --labels."
+            )
+        return learned
+
+    def left_out(self, learned: np.ndarray) -> dict[str, str]:
+        """Findings without a figure, and why."""
+        reasons = ((self._tested, "tested on"), (learned, "trained on"))
+        return {
+            name: f"none or all of the studies {use} show it"
+            for some, use in reasons
+            for name, there in zip(self.names, some, strict=True)
+            if not there
+        }
+
+    def validated(self, scored: np.ndarray, learned: np.ndarray) -> float:
+        """Macro AUC of the validation studies.
+
+        Raises:
+            NotApplicable: if none of the findings is in some of them and not all.
+        """
+        target = self.targets(self.validate)[:, learned]
+        if not _varies(target).any():
+            raise NotApplicable(
+                f"{self.validate.subject.root} has {len(target)} studies to validate on, none or all of which show "
+                "what is learned: expected more."
+            )
+        return statistic("macro auc", target=target, scored=scored)
+
+    def widened(self, scored: np.ndarray, learned: np.ndarray) -> np.ndarray:
+        """Predictions with a column for every finding, NaN where it was not learned."""
+        found = np.full((len(scored), len(self.names)), np.nan)
+        found[:, learned] = scored
+        return found
+
+    def scores(self, title: str, predicted: Sequence[np.ndarray]) -> list[Score]:
+        """Macro AUC of the test studies, then the AUC of each finding.
+
+        With several seeds a figure is the mean of theirs: predictions are columns beside each other, of which the
+        statistic "macro auc" is the mean of the AUCs.
+
+        Args:
+            predicted: by each seed, [n, findings], as `widened`.
+        """
+        scores = [self._score(f"{title}, macro AUC", self._tested, predicted)]
+        for column, name in enumerate(self.names):
+            alone = np.arange(len(self.names)) == column
+            if (alone & self._tested).any() and any(not np.isnan(scored[:, column]).any() for scored in predicted):
+                scores.append(self._score(f"{title}, AUC {name}", alone, predicted))
+        return scores
+
+    def _score(self, name: str, columns: np.ndarray, predicted: Sequence[np.ndarray]) -> Score:
+        target, of_seeds = self.targets(self.test), []
+        for scored in predicted:
+            kept = columns & ~np.isnan(scored).any(0)
+            if kept.any():
+                of_seeds.append({"target": target[:, kept], "scored": scored[:, kept]})
+        rows = {name: np.concatenate([of_seed[name] for of_seed in of_seeds], 1) for name in ("target", "scored")}
+        deviation = spread([statistic("macro auc", **of_seed) for of_seed in of_seeds])
+        where = self.test.places, self.test.patients
+        return Score(name, "macro auc", rows, *where, chance=0.5, spread=deviation)
+
+
+def _has_labels(subject: Subject) -> np.ndarray:
+    return np.array([bool(study.labels) for study in subject.studies])
+
+
+def _varies(target: np.ndarray) -> np.ndarray:
+    return target.any(0) & ~target.all(0)
