@@ -27,8 +27,16 @@ from .score import Interval, Score
 from .subject import radiographs
 
 _FORMAT = 1
-# Of each task, what tells most: scores whose names hold one of these; of a task that is not here, its first score.
-_HEADLINE = {"retrieval": ("precision@5", "recall@10")}
+# Tasks in their order on the page, and what tells most of each: scores whose names end so. Of others, the first score.
+_HEADLINE: dict[str, tuple[str, ...]] = {
+    "retrieval": ("precision@5", "recall@10"),
+    "zero-shot": ("macro AUC", "multi-class accuracy"),
+    "grounding": (),
+    "linear-probe": ("macro AUC",),
+    "classification": ("macro AUC",),
+    "temporal": (),
+    "segmentation": (),
+}
 
 
 def write_report(runs: Sequence[Path], out: Path) -> None:
@@ -130,7 +138,8 @@ def _of_task(compared: Sequence[_Evaluated], task: str) -> dict[str, Result]:
 
 def _figures(compared: Sequence[_Evaluated]) -> dict[str, Any]:
     """All that the JSON file says, which is all figures that the page shows."""
-    tasks = list(dict.fromkeys(task for one in compared for task in one.results))
+    known = {task for one in compared for task in one.results}
+    tasks = [*(task for task in _HEADLINE if task in known), *sorted(known - _HEADLINE.keys())]
     found = {task: _task_figures(task, _of_task(compared, task)) for task in tasks}
     headline = [
         {"task": task, "score": score["name"]} for task, of in found.items() for score in _telling(task, of["scores"])
@@ -153,7 +162,7 @@ def _figures(compared: Sequence[_Evaluated]) -> dict[str, Any]:
 
 
 def _telling(task: str, scores: list[dict]) -> list[dict]:
-    named = [score for score in scores if any(part in score["name"] for part in _HEADLINE.get(task, ()))]
+    named = [score for score in scores if score["name"].endswith(_HEADLINE.get(task, ()))]
     return named or scores[:1]
 
 
