@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..data.reports import clean_report
-from ..data.sources.ms_cxr_t import PROGRESSIONS
 from ..errors import DataError
 from .result import NotApplicable, Result
 from .score import Score
@@ -26,6 +25,7 @@ DEFAULT_PROMPTS = Path(__file__).parent / "prompts" / "default.toml"
 _FEW = 10  # studies: what fewer show is left out, unless the file has phrases for it
 _ROC_POINTS = 33
 _HERE = "{finding}"
+_CHANGES = "ms-cxr-t"
 
 _Phrases = Annotated[
     tuple[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)], ...], Field(min_length=1)
@@ -47,23 +47,28 @@ class _File(BaseModel, extra="forbid"):
     other: _Sides | None = None
 
 
+_Pair = tuple[Sequence[str], Sequence[str]]  # positive and negative phrases
+
+
 @dataclass(frozen=True)
 class Prompts:
     """What stands for findings.
 
-    findings: positive and negative phrases, by each name of a finding.
-    other: those of findings without, with "{finding}" in them; None: such findings are not evaluated.
+    entries: the phrases of each.
+    names: the entry of each of their names.
+    other: phrases for any other finding, with "{finding}" in them; None: others are not evaluated.
     leave_out: labels that are no findings.
     """
 
-    findings: dict[str, tuple[Sequence[str], Sequence[str]]]
-    other: tuple[Sequence[str], Sequence[str]] | None
+    entries: dict[str, _Pair]
+    names: dict[str, str]
+    other: _Pair | None
     leave_out: frozenset[str]
 
-    def of(self, finding: str) -> tuple[Sequence[str], Sequence[str]]:
-        """Its own, else the general ones."""
-        if finding in self.findings:
-            return self.findings[finding]
+    def of(self, finding: str) -> _Pair:
+        """Its own phrases, else those for others."""
+        if finding in self.names:
+            return self.entries[self.names[finding]]
         return tuple([phrase.replace(_HERE, finding) for phrase in side] for side in self.other)
 
 
@@ -79,27 +84,25 @@ def read_prompts(path: Path) -> Prompts:
         raise DataError(f"{path}: no such file, expected prompts in TOML such as {DEFAULT_PROMPTS}.") from None
     except ValidationError as error:
         wrong = error.errors()[0]
-        where = ".".join(map(str, wrong["loc"]))
-        expected = f"expected prompts such as those in {DEFAULT_PROMPTS}"
-        raise DataError(f"{path}: {where} is wrong ({wrong['msg']}): {expected}.") from None
+        where, reason = ".".join(map(str, wrong["loc"])), wrong["msg"]
+        raise DataError(f"{path}: {where} is wrong ({reason}): expected as in {DEFAULT_PROMPTS}.") from None
     except ValueError as error:  # TOML's and UTF-8's
         raise DataError(f"{path} is not valid TOML ({error}).") from None
-    findings: dict[str, tuple[Sequence[str], Sequence[str]]] = {}
+    names: dict[str, str] = {}
     for key, finding in content.findings.items():
         for name in map(named, (key, *finding.also)):
-            if name in findings:
-                raise DataError(f"{path}: findings.{key} names {name!r}, which another entry does too.")
-            findings[name] = finding.positive, finding.negative
+            if name in names:
+                raise DataError(f"{path}: findings.{key} is also {name!r}, as findings.{names[name]} is.")
+            names[name] = key
         for phrase in (*finding.positive, *finding.negative):
             if not clean_report(phrase):
-                raise DataError(
-                    f"{path}: findings.{key} has {phrase!r}, of which cleaning leaves nothing: write a whole sentence."
-                )
+                raise DataError(f"{path}: findings.{key}: cleaning leaves nothing of {phrase!r}: write a sentence.")
     other = content.other and (content.other.positive, content.other.negative)
     for phrase in (phrase for side in other or () for phrase in side):
         if _HERE not in phrase:
-            raise DataError(f"{path}: other has {phrase!r}: expected {_HERE} in it.")
-    return Prompts(findings, other, frozenset(map(named, content.leave_out)))
+            raise DataError(f"{path}: other: {phrase!r} has no {_HERE} in it, where the finding would go.")
+    entries = {key: (finding.positive, finding.negative) for key, finding in content.findings.items()}
+    return Prompts(entries, names, other, frozenset(map(named, content.leave_out)))
 
 
 def named(label: str) -> str:
@@ -121,63 +124,48 @@ def evaluate_zero_shot(subject: Subject, options: Options) -> Result:
     """
     if not subject.model.aligns:
         raise NotApplicable(f"{subject.run} does not align images with text: expected a method that does.")
+    if subject.manifest["source"] == _CHANGES:
+        raise NotApplicable(
+            f"{subject.root} ({_CHANGES}) names only findings whose change is known: others may be there too."
+        )
     path = options.prompts or DEFAULT_PROMPTS
     prompts = read_prompts(path)
     split = _Split.of(subject, prompts.leave_out)
     classes, left_out = _classes(split, prompts, subject, options.prompts)
     positive, negative = _ensembles(subject, [prompts.of(name) for name in classes])
-    target, scored = split.target(classes), split.image @ (positive - negative).mT
-    fitted, why = _validation(subject)
-    thresholds: list[float | None] = [None] * len(classes)
-    if fitted:
-        validate = _Split.of(fitted, prompts.leave_out)
-        seen = validate.image @ (positive - negative).mT
-        thresholds = [_best(*columns) for columns in zip(validate.target(classes).T, seen.T.numpy(), strict=True)]
-    scores, findings = [], {}
-    for name, shows, values, threshold in zip(classes, target.T, scored.T.numpy(), thresholds, strict=True):
-        if shows.all() or not shows.any():
-            left_out[name] = f"{'all' if shows.all() else 'no'} studies show it"
-            continue
-        rates, hits, _ = roc_curve(shows, values)
-        thinned = np.unique(np.linspace(0, len(rates) - 1, _ROC_POINTS).round().astype(int))
-        findings[name] = {
-            "studies": int(shows.sum()),
-            "threshold": threshold,
-            "roc": np.stack([rates, hits], 1)[thinned].round(4).tolist(),
-        }
-        ranked = {"target": shows, "scored": values}
-        scores.append(split.score(f"{name}: AUC", "auc", ranked, 0.5))
-        scores.append(split.score(f"{name}: average precision", "average precision", ranked, shows.mean()))
-        if threshold is not None:
-            told = values >= threshold
-            # Chance: as many studies called positive, whichever they are.
-            p, q, rows = shows.mean(), told.mean(), {"target": shows, "predicted": told}
-            scores.append(split.score(f"{name}: accuracy", "accuracy", rows, p * q + (1 - p) * (1 - q)))
-            scores.append(split.score(f"{name}: F1", "f1", rows, 2 * p * q / (p + q)))
-            counts = confusion_matrix(shows, told, labels=[False, True]).ravel().tolist()
-            names = ("true_negative", "false_positive", "false_negative", "true_positive")
-            findings[name]["confusion"] = dict(zip(names, counts, strict=True))
-    if len(findings) > 1:
-        columns = [classes.index(name) for name in findings]
-        rows = {"target": target[:, columns], "scored": scored[:, columns].numpy()}
-        scores.insert(0, split.score("macro AUC", "macro auc", rows, 0.5))
+    fitted, thresholds = _validation(subject)
+    validate = fitted and _Split.of(fitted, prompts.leave_out)
     several, multi_class = _multi_class(split, classes, positive)
-    if not (scores := several + scores):
+    binary, findings = [], {}
+    for number, name in enumerate(classes):
+        direction = positive[number] - negative[number]
+        shows, scored = split.shows(name), (split.image @ direction).numpy()
+        if shows.all() or not shows.any():
+            left_out[name] = "all studies show it"
+            continue
+        threshold = validate and _best(validate.shows(name), (validate.image @ direction).numpy())
+        scores, findings[name] = _binary(split, name, shows, scored, threshold)
+        binary += scores
+    if len(findings) > 1:
+        ranked = [score.rows for score in binary if score.statistic == "auc"]
+        rows = {key: np.stack([columns[key] for columns in ranked], 1) for key in ("target", "scored")}
+        several.append(split.score("macro AUC", "macro auc", rows, 0.5))
+    if not several + binary:
         raise NotApplicable(f"{subject.root} has no finding in {subject.split} that some studies show and others not.")
     shown = {
         "prompts": {
             name: dict(zip(("positive", "negative"), map(list, prompts.of(name)), strict=True))
-            | {"general": name not in prompts.findings}
+            | {"general": name not in prompts.names}
             for name in classes
         },
-        "not_in_data": sorted(prompts.findings.keys() - split.counts.keys()),
+        "not_in_data": sorted(prompts.entries.keys() - {prompts.names.get(name) for name in split.counts}),
         "left_out": left_out,
         "without_labels": sum(not labels for labels in split.labels),
-        "thresholds": why or "of the largest F1 on the validate split",
+        "thresholds": thresholds,
         "findings": findings,
         "multi_class": multi_class,
     }
-    return Result("zero-shot", scores, {"prompts": path.name}, shown)
+    return Result("zero-shot", several + binary, {"prompts": path.name}, shown)
 
 
 @dataclass
@@ -192,20 +180,16 @@ class _Split:
     @classmethod
     def of(cls, subject: Subject, leave_out: frozenset[str]) -> "_Split":
         places = np.flatnonzero(subject.embedded.has_image)
-        labels = [
-            frozenset(named(label) for label in subject.studies[place].labels if not label.endswith(_CHANGES))
-            - leave_out
-            for place in places
-        ]
+        labels = [frozenset(map(named, subject.studies[place].labels)) - leave_out for place in places]
         return cls(places, subject.patients[places], labels, subject.embedded.image[places].double())
 
     @property
     def counts(self) -> Counter[str]:
         return Counter(name for labels in self.labels for name in labels)
 
-    def target(self, classes: Sequence[str]) -> np.ndarray:
-        """bool [n, classes]"""
-        return np.array([[name in labels for name in classes] for labels in self.labels]).reshape(-1, len(classes))
+    def shows(self, finding: str) -> np.ndarray:
+        """Which studies have this label, bool [n]."""
+        return np.array([finding in labels for labels in self.labels], bool)
 
     def score(
         self,
@@ -218,26 +202,23 @@ class _Split:
         return Score(name, statistic, rows, self.places[of], self.patients[of], float(chance))
 
 
-_CHANGES = tuple(f": {progression}" for progression in PROGRESSIONS)  # of MS-CXR-T: how a finding changed
-
-
 def _classes(split: _Split, prompts: Prompts, subject: Subject, given: Path | None) -> tuple[list[str], dict[str, str]]:
     """The findings to evaluate, and why others are not."""
     if not split.counts:
         raise NotApplicable(f"{subject.root}: no study in {subject.split} has an image and a finding as its label.")
-    if given and not prompts.findings.keys() & split.counts.keys():
+    if given and not prompts.names.keys() & split.counts.keys():
         there = ", ".join(sorted(split.counts)[:_FEW])
         raise DataError(f"{given}: none of its findings is a label in {subject.split}, which has {there}.")
     classes, left_out = [], {}
     for name, count in sorted(split.counts.items()):
-        if name in prompts.findings or (prompts.other and count >= _FEW):
+        if name in prompts.names or (prompts.other and count >= _FEW):
             classes.append(name)
         else:
             left_out[name] = f"no prompts, and {count} studies" if prompts.other else "no prompts"
     return classes, left_out
 
 
-def _ensembles(subject: Subject, phrases: Sequence[tuple[Sequence[str], Sequence[str]]]) -> tuple[Tensor, Tensor]:
+def _ensembles(subject: Subject, phrases: Sequence[_Pair]) -> tuple[Tensor, Tensor]:
     """The direction of each finding's mean positive phrase, and of the negative one: float64 [classes, D] each."""
     sides = [side for pair in phrases for side in pair]
     embedded = subject.model.encode_reports([phrase for side in sides for phrase in side]).cpu().double()
@@ -246,33 +227,62 @@ def _ensembles(subject: Subject, phrases: Sequence[tuple[Sequence[str], Sequence
 
 
 def _validation(subject: Subject) -> tuple[Subject | None, str]:
-    """Where thresholds are fitted, or why they cannot be."""
+    """Where thresholds are fitted, and what is said of them."""
     if subject.split == "validate":
-        return None, "none: the validate split, which they are fitted on, is what is evaluated"
-    fitted = subject.on("validate")
-    return fitted, "" if fitted else "none: the data have no validate split to fit them on"
+        return None, "none: what is evaluated is the validate split, which they would be fitted on"
+    if fitted := subject.on("validate"):
+        return fitted, "those of the largest F1 on the validate split; none for a finding that it lacks"
+    return None, "none: the data have no validate split to fit them on"
 
 
-def _best(target: np.ndarray, scored: np.ndarray) -> float | None:
+def _best(shows: np.ndarray, scored: np.ndarray) -> float | None:
     """The threshold with the largest F1, the lowest of several; None without a positive."""
-    if not target.any():
+    if not shows.any():
         return None
-    precision, recall, thresholds = precision_recall_curve(target, scored)
+    precision, recall, thresholds = precision_recall_curve(shows, scored)
     both = precision + recall
     f1 = 2 * precision * recall / np.where(both > 0, both, 1)
     return float(thresholds[f1[: len(thresholds)].argmax()])
 
 
+def _binary(
+    split: _Split, name: str, shows: np.ndarray, scored: np.ndarray, threshold: float | None
+) -> tuple[list[Score], dict]:
+    """Of one finding, bool and float64 [n]: scores, and what is shown of it."""
+    ranked = {"target": shows, "scored": scored}
+    scores = [
+        split.score(f"{name}: AUC", "auc", ranked, 0.5),
+        split.score(f"{name}: average precision", "average precision", ranked, shows.mean()),
+    ]
+    wrongly, rightly, _ = roc_curve(shows, scored)
+    thinned = np.unique(np.linspace(0, len(wrongly) - 1, _ROC_POINTS).round().astype(int))
+    roc = np.stack([wrongly, rightly], 1)[thinned].round(4).tolist()
+    shown = {"studies": int(shows.sum()), "roc": roc, "threshold": threshold}
+    if threshold is not None:
+        told = scored >= threshold
+        rows, p, q = {"target": shows, "predicted": told}, shows.mean(), told.mean()
+        # by chance: as many called positive, whichever they are
+        scores.append(split.score(f"{name}: accuracy", "accuracy", rows, p * q + (1 - p) * (1 - q)))
+        scores.append(split.score(f"{name}: F1", "f1", rows, 2 * p * q / (p + q)))
+        counts = confusion_matrix(shows, told, labels=[False, True]).ravel().tolist()
+        kinds = ("true_negative", "false_positive", "false_negative", "true_positive")
+        shown["confusion"] = dict(zip(kinds, counts, strict=True))
+    return scores, shown
+
+
 def _multi_class(split: _Split, classes: Sequence[str], positive: Tensor) -> tuple[list[Score], dict]:
     """Of studies with one finding: scores, and what is shown of them."""
-    target = split.target(classes)
-    single = np.array([len(labels) == 1 for labels in split.labels]) & (target.sum(1) == 1)
-    used = np.flatnonzero(target[single].any(0)) if single.any() else []
-    if len(used) < 2:
-        return [], {"left_out": "fewer than two findings have studies that show them alone"}
-    true = target[single][:, used].argmax(1)
-    told = (split.image[single] @ positive[used].mT).argmax(1).numpy()
-    rows, chance = {"target": true, "predicted": told}, 1 / len(used)
-    scores = [split.score(f"multi-class {name}", name, rows, chance, single) for name in ("accuracy", "macro accuracy")]
-    matrix = confusion_matrix(true, told, labels=range(len(used))).tolist()
-    return scores, {"classes": [classes[i] for i in used], "confusion": matrix, "studies": int(single.sum())}
+    only = [next(iter(labels)) if len(labels) == 1 else "" for labels in split.labels]
+    there = [name for name in classes if name in only]
+    if len(there) < 2:
+        return [], {"left_out": "fewer than two findings have studies that show nothing else"}
+    single = np.array([name in there for name in only])
+    target = np.array([there.index(name) for name in only if name in there])
+    nearest = positive[[classes.index(name) for name in there]]
+    told = (split.image[single] @ nearest.mT).argmax(1).numpy()
+    rows = {"target": target, "predicted": told}
+    shares = (np.bincount(of, minlength=len(there)) / len(target) for of in (target, told))
+    chances = {"accuracy": np.dot(*shares), "macro accuracy": 1 / len(there)}  # both this where classes are as large
+    scores = [split.score(f"multi-class {name}", name, rows, chance, single) for name, chance in chances.items()]
+    matrix = confusion_matrix(target, told, labels=range(len(there))).tolist()
+    return scores, {"classes": there, "confusion": matrix, "studies": len(target)}
