@@ -135,15 +135,18 @@ class _Speed:
 
 
 class _Average:
-    """An exponential moving average of weights."""
+    """An exponential moving average of weights. Its decay grows to what is asked for, as (1 + n) / (10 + n) after n
+    updates (TensorFlow's `num_updates`): in a short run the first weights, which are random, would stay in it."""
 
     def __init__(self, decay: float, trained: dict[str, nn.Parameter]):
         self._decay, self._trained = decay, trained
         self.weights = {name: p.detach().clone() for name, p in trained.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        torch._foreach_lerp_(list(self.weights.values()), [p.data for p in self._trained.values()], 1 - self._decay)
+    def update(self, before: int) -> None:
+        """`before`: how many updates there were."""
+        decay = min(self._decay, (1 + before) / (10 + before))
+        torch._foreach_lerp_(list(self.weights.values()), [p.data for p in self._trained.values()], 1 - decay)
 
 
 @torch.no_grad()
@@ -277,7 +280,7 @@ def fit(
                 else:
                     optimizer.step()
                     if average:
-                        average.update()
+                        average.update(place["step"] - place["skipped"])
                 place["step"] += 1
                 if place["step"] % _LOG_EVERY == 0 or place["step"] == steps:
                     values, more = {}, {}

@@ -129,7 +129,8 @@ class Optimization:
     """Studies in the towers at a time: embeddings come first, then gradients are replayed chunk by chunk, so that any
     batch fits, at the price of a second forward pass. None: the whole batch at once."""
     ema: float = 0.0
-    """Decay of an average of the weights, which is then what is evaluated and saved; 0 for none."""
+    """Decay of an average of the weights, which is then what is evaluated and saved; 0 for none. After n steps it is
+    (1 + n) / (10 + n) at most, so that short runs forget how they started."""
     patience: int | None = None
     """Evaluations on the validation split without a better retrieval before training ends, with the best weights."""
     skip_limit: int = 10

@@ -237,12 +237,16 @@ def test_a_schedule_may_end_later_than_training(tmp_path):
     assert rates == pytest.approx([RATES["layer.bias"] * Schedule(50, 0.2)(step) for step in (9, 19)])
 
 
-def test_the_average_is_what_is_measured_and_what_is_left(tmp_path):
-    job = Job(tmp_path, {"ema": 0.8}, scores=float)
-    job.run()
-    average, averages = torch.tensor([0.1] * WIDTH + [0.0], dtype=torch.float64), []
-    for weights in by_hand():  # training itself is not moved by it
-        average = 0.8 * average + 0.2 * weights
+@pytest.mark.parametrize("lost", [(), (2, 11)])
+def test_the_average_is_what_is_measured_and_what_is_left(tmp_path, lost):
+    """Its decay is (1 + n) / (10 + n), after n updates, until that is what is asked for; a lost step is no update."""
+    job = Job(tmp_path, {"ema": 0.5}, scores=float)
+    job.run(Line(bad=dict.fromkeys(lost, NOT_FINITE["the loss is NaN"])))
+    average, averages, updates = torch.tensor([0.1] * WIDTH + [0.0], dtype=torch.float64), [], 0
+    for step, weights in enumerate(by_hand(lost=lost)):  # training itself is not moved by it
+        if step not in lost:
+            decay = (1 + updates) / (10 + updates) if updates < 8 else 0.5
+            average, updates = decay * average + (1 - decay) * weights, updates + 1
         averages.append(average)
     same(job.weights, averages[-1])
     for epoch, weights in job.at_epochs.items():
