@@ -133,7 +133,7 @@ class Run:
             start = self._known_steps.get(stage, 0) + 1
             self._boards[stage] = SummaryWriter(str(self.path / "tensorboard" / stage), purge_step=start)
         for name, value in values.items():
-            self._boards[stage].add_scalar(f"{stage}/{name}", value, step)
+            self._boards[stage].add_scalar(name, value, step)
 
     def read_metrics(self) -> list[dict]:
         """All measurements so far."""

@@ -173,12 +173,12 @@ def test_skipped_batches_after_the_last_checkpoint_are_forgotten_too(tmp_path):
 
 
 def on_tensorboard(path: Path) -> dict[str, list[int]]:
-    """The steps that TensorBoard shows of each curve."""
+    """The steps that TensorBoard shows of each curve, by its folder and name."""
     shown = EventMultiplexer()
     shown.AddRunsFromDirectory(str(path / "tensorboard"))
     shown.Reload()
     return {
-        tag: [event.step for event in shown.Scalars(run, tag)]
+        f"{run}/{tag}": [event.step for event in shown.Scalars(run, tag)]
         for run, tags in shown.Runs().items()
         for tag in tags["scalars"]
     }

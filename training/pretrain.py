@@ -495,8 +495,12 @@ def _on_wandb(settings: Pretrain, out: Path) -> Iterator[None]:
         import wandb
     except ImportError:
         raise DataError("--wandb needs its package: pip install wandb, or leave --wandb out.") from None
-    with wandb.init(project=settings.wandb, name=out.name, dir=out, config=store(settings), sync_tensorboard=True):
-        yield
+    wandb.tensorboard.patch(root_logdir=str(out / "tensorboard"))  # below it: a curve's stage and name
+    try:
+        with wandb.init(project=settings.wandb, name=out.name, dir=out, config=store(settings)):
+            yield
+    finally:
+        wandb.tensorboard.unpatch()
 
 
 @contextmanager
