@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import faiss
 import numpy as np
 import torch
 from torch import Tensor
@@ -72,8 +73,8 @@ class Collection:
             k: at least 1; fewer are found where the collection, or an approximate index, has fewer.
 
         Raises:
-            DataError: if FAISS is not installed, it cannot build such an index, the queries have another shape or are
-                not finite, or no study has an image or report.
+            DataError: if FAISS cannot build such an index, the queries have another shape or are not finite, or no
+                study has an image or report.
         """
         rows = np.ascontiguousarray(torch.as_tensor(queries).float().cpu().numpy())
         if rows.ndim != 2 or rows.shape[1] != self.width or not np.isfinite(rows).all():
@@ -87,10 +88,6 @@ class Collection:
         return [[Hit(ids[i], float(s)) for s, i in zip(*pair, strict=True) if i >= 0] for pair in found]  # -1: none
 
     def _build(self, kind: Kind) -> tuple[object, list[str]]:
-        try:
-            import faiss
-        except ImportError:
-            raise DataError('search needs FAISS: pip install "clinvla-fast[search]".') from None
         kept = self.counts["kept"][kind]
         if not kept:
             raise DataError(f"{self.path} has no {kind} to search in: expected studies embedded with theirs.")
