@@ -74,6 +74,10 @@ class Recipe:
         for name, known in (("adapters", Adapter), ("views", View), ("trained", Trained)):
             for found in set(getattr(self, name)) - set(get_args(known)):
                 raise ValueError(f"{name} has {found!r}: expected some of {', '.join(get_args(known))}.")
+        if "mlp" in self.adapters and {"language", "task"} & set(self.adapters):
+            raise ValueError(f"adapters are {', '.join(self.adapters)}: mlp takes the place of language and task.")
+        if self.adapter_blocks is not None and not self.adapter_blocks:
+            raise ValueError("adapter_blocks is empty: expected at least one, or null for every block.")
         if not self.views:
             raise ValueError("views is empty: expected at least one, the model would see nothing.")
         for name in ("keep", "masked_words"):

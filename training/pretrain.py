@@ -27,6 +27,7 @@ from clinvla_fast.cost import (
     step_flops,
     training_flops,
 )
+from clinvla_fast.data.epochs import check_batch
 from clinvla_fast.data.features import FeatureLoader, stored_dtype, write_features
 from clinvla_fast.data.loader import StudyLoader
 from clinvla_fast.data.phantom.dataset import write_phantoms
@@ -38,6 +39,7 @@ from clinvla_fast.evaluation.curves import draw_curves
 from clinvla_fast.fit import fit
 from clinvla_fast.interrupts import interruptible
 from clinvla_fast.modeling import attention
+from clinvla_fast.modeling.adapters import adapted_blocks
 from clinvla_fast.modeling.adaptor import Adaptor, retrieve_features
 from clinvla_fast.modeling.checkpoints import KeyReport
 from clinvla_fast.modeling.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
@@ -54,6 +56,7 @@ from clinvla_fast.modeling.towers import (
     new_vision,
     save_text,
     save_vision,
+    tower_depths,
 )
 from clinvla_fast.presets import PRESETS
 from clinvla_fast.pretraining import Align, Fuse, Towers, compile_tower_blocks, retrieve, warm_up
@@ -117,9 +120,14 @@ class Job:
         self.recipe, self.optimization = settings.recipe, settings.optimization
         precision = _DTYPES.get(settings.precision)
         self.dtype = precision or compute_dtype(device)
+        if settings.fp8 and self.dtype != torch.bfloat16:
+            raise DataError("--fp8 needs towers in bfloat16: pass --precision bfloat16.")
+        if settings.fp8 and "towers" in self.recipe.trained:
+            raise DataError("--fp8 is for frozen towers, and these are trained: leave it out.")
         torch.use_deterministic_algorithms(True, warn_only=True)
 
     def run(self) -> None:
+        self.check_blocks()
         if self.settings.dry_run:
             return dry_run(self, console)
         self.out = from_first(lambda: open_run(self.settings))
@@ -139,6 +147,9 @@ class Job:
                 raise DataError(f"{data} has no validate studies: --patience needs them.")
             if held_out is None:
                 raise DataError(f"{data} has no validate or test studies to evaluate on: give some rows another split.")
+            sizes = [self.settings.towers.batch_size] if self.makes_towers else []
+            for size in (*sizes, self.optimization.batch_size):
+                check_batch(data, manifest["counts"]["splits"].get("train", 0), size, ranks())
             with _on_wandb(self.settings, self.out), closing(Run(self.out, write=rank() == 0)) as run:
                 for path in run.damaged:
                     _warn(f"{path} is damaged and was passed over: the run goes on from the checkpoint before it.")
@@ -164,6 +175,20 @@ class Job:
             console.print(f"Go on with: {start} -m training.pretrain --resume --out {self.out}", soft_wrap=True)
             raise
         self.report(summary)
+
+    def check_blocks(self) -> None:
+        """Make sure that both towers have the blocks that are to carry adapters, before anything is made."""
+        if self.recipe.adapter_blocks is None:
+            return
+        try:
+            adapted_blocks(self.recipe, min(tower_depths(self.vision, self.text)))
+        except ValueError as error:
+            raise DataError(str(error)) from error
+
+    @property
+    def makes_towers(self) -> bool:
+        """Whether a tower is made here by masked modelling."""
+        return None in (self.vision, self.text) and not self.recipe.scratch
 
     # Stages
 
@@ -401,8 +426,6 @@ class Job:
 
     def quantise(self, model: ClinVLA, batch: StudyBatch) -> None:
         """By the towers and the first batch alone, so that a resumed run puts the same layers in FP8."""
-        if model.vision.vit.pos_embed.dtype != torch.bfloat16:
-            raise DataError("--fp8 needs towers in bfloat16: leave --precision out.")
         for kind, tower, features in (
             ("image", model.vision.vit, lambda: model.image_features(batch)),
             ("report", model.text.bert, lambda: model.text_features(batch)),

@@ -227,6 +227,8 @@ def _checked(settings: Pretrain) -> Pretrain:
             raise DataError(
                 f"--{name} has no meaning for a method whose towers' outputs are computed once: leave it out."
             )
+    elif settings.features is not None:
+        raise DataError("--features keeps towers' outputs for --method adaptor: leave it out.")
     if settings.unfreeze and "towers" not in settings.recipe.trained:
         trained = (*settings.recipe.trained, "towers")
         settings = replace(settings, recipe=replace(settings.recipe, trained=trained))
@@ -242,6 +244,9 @@ def _checked(settings: Pretrain) -> Pretrain:
                 flag = ("towers." if part is settings.towers else "") + name.replace("_", "-")
                 raise DataError(f"--{flag} is {value}: expected at least 1.")
     optimization = settings.optimization
+    if optimization.schedule_epochs is not None and optimization.schedule_epochs < optimization.epochs:
+        schedule = optimization.schedule_epochs
+        raise DataError(f"--schedule-epochs is {schedule}: expected no less than --epochs, {optimization.epochs}.")
     for name, fits, expected in (
         ("clip", optimization.clip > 0, "above 0"),
         ("warmup", 0 <= optimization.warmup <= 1, "a share, 0 to 1"),

@@ -11,6 +11,18 @@ from ..distributed import part
 from ..errors import DataError
 
 
+def check_batch(source: Path, studies: int, batch_size: int, ranks: int) -> None:
+    """Make sure that there are studies for a training batch, and one of it for each process.
+
+    Raises:
+        DataError: if not.
+    """
+    if studies < batch_size:
+        raise DataError(f"{source} has {studies} training studies: expected at least one batch of {batch_size}.")
+    if batch_size < ranks:
+        raise DataError(f"a batch of {batch_size} studies for {ranks} processes: expected at least one for each.")
+
+
 class Epochs:
     """Where a loader stands.
 
@@ -33,10 +45,8 @@ class Epochs:
         rank: int,
         ranks: int,
     ):
-        if train and studies < batch_size:
-            raise DataError(f"{source} has {studies} training studies: expected at least one batch of {batch_size}.")
-        if train and batch_size < ranks:
-            raise DataError(f"a batch of {batch_size} studies for {ranks} processes: expected at least one for each.")
+        if train:
+            check_batch(source, studies, batch_size, ranks)
         self._studies, self._batch_size, self._train, self._seed = studies, batch_size, train, seed
         self._rank, self._ranks = rank, ranks
         self._step = batch_size if train else batch_size * ranks  # studies a batch, of all processes

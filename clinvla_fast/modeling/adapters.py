@@ -1,5 +1,7 @@
 """The trainable modules inside the frozen towers."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -90,20 +92,28 @@ class TransformerAdapt(nn.Module):
         return ops.transformer_adapt(ffn, residual, language, task, *normed)
 
 
+def adapted_blocks(recipe: Recipe, depth: int) -> Sequence[int]:
+    """Which blocks of a tower of this depth carry adapters.
+
+    Raises:
+        ValueError: if the recipe names a block that the tower has not.
+    """
+    blocks = range(depth) if recipe.adapter_blocks is None else recipe.adapter_blocks
+    if not set(blocks) <= set(range(depth)):
+        found = ", ".join(map(str, blocks))
+        raise ValueError(f"adapter blocks are {found}: expected some of 0 to {depth - 1}, which the towers have.")
+    return blocks
+
+
 def add_adapters(adapts: nn.ModuleList, recipe: Recipe, width: int) -> InvertibleAdapter | None:
     """Put a recipe's adapters into the blocks that it names, and return that of the embeddings, if it has one.
 
     Adapters that start higher up leave the embeddings alone: the backward pass ends at the first adapter.
 
     Raises:
-        ValueError: if the recipe names a block that the tower has not, or adapters that take one place.
+        ValueError: if the recipe names a block that the tower has not.
     """
-    blocks = range(len(adapts)) if recipe.adapter_blocks is None else recipe.adapter_blocks
-    if not blocks or not set(blocks) <= set(range(len(adapts))):
-        found = ", ".join(map(str, blocks)) or "none"
-        raise ValueError(f"adapter blocks are {found}: expected some of 0 to {len(adapts) - 1}, which the tower has.")
-    if "mlp" in recipe.adapters and {"language", "task"} & set(recipe.adapters):
-        raise ValueError(f"adapters are {', '.join(recipe.adapters)}: mlp takes the place of language and task.")
+    blocks = adapted_blocks(recipe, len(adapts))
     for block in blocks:
         adapts[block].add(recipe)
     whole = min(blocks) == 0 and "invertible" in recipe.adapters

@@ -174,6 +174,17 @@ def make_tiny_text(vocabulary: int) -> TextTower:
     return TextTower(BertModel(BertConfig(vocab_size=vocabulary, **_TINY_TEXT), add_pooling_layer=False))
 
 
+def tower_depths(vision: str | None, text: str | None) -> tuple[int, int]:
+    """How many blocks an image and a report tower have, by name; None: those that are made here.
+
+    Raises: as `load_vision` and `load_text`.
+    """
+    return (
+        _TINY_VISION["depth"] if vision is None else len(load_vision(vision).adapts),
+        _TINY_TEXT["num_hidden_layers"] if text is None else len(load_text(text)[0].adapts),
+    )
+
+
 def new_vision(tower: VisionTower) -> VisionTower:
     """The same tower, its weights random again, as timm starts them."""
     for module in tower.vit.modules():

@@ -46,6 +46,15 @@ def test_adapter_blocks_that_are_none(capsys, tmp_path, blocks):
     assert f"--adapter-blocks is '{blocks}': expected numbers and ranges, as 8-11 or 2,5,8-11" in error
 
 
+@pytest.mark.parametrize("given", [(), ("vision",), ("vision", "text")])
+def test_adapter_blocks_that_the_towers_lack(capsys, tmp_path, tiny_towers, given):
+    """Said at once: nothing is made before. The report tower has two blocks, the image tower three."""
+    towers = [x for kind in given for x in (f"--{kind}-tower", str(tiny_towers[kind]))]
+    error = error_of(capsys, "--out", str(tmp_path / "run"), "--adapter-blocks", "1-2", *towers)
+    assert "adapter blocks are 1, 2: expected some of 0 to 1, which the towers have" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_fp8_without_a_gpu(capsys, tmp_path):
     assert "the device is cpu: leave --fp8 out" in error_of(capsys, "--out", str(tmp_path / "run"), "--fp8")
 
@@ -244,3 +253,4 @@ class TestBadInput:
     def test_too_few_studies(self, finished_run, tmp_path, capsys):
         data = ["--data", str(finished_run / "data"), "--batch-size", "5000"]
         assert "at least one batch" in error_of(capsys, *data, "--out", str(tmp_path / "run"))
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}  # no tower was made before

@@ -60,6 +60,7 @@ def test_a_file_of_what_differs(tmp_path):
         ({"recipe": {"botleneck": 3}}, "there is no setting recipe.botleneck; did you mean bottleneck?"),
         ({"optimisation": {}}, "there is no setting optimisation; did you mean optimization?"),
         ({"recipe": {"keep": 3}}, "keep is 3.0: expected a share above 0, at most 1"),
+        ({"recipe": {"adapter_blocks": []}}, "adapter_blocks is empty: expected at least one, or null for every block"),
         ({"recipe": {"views": ["side"]}}, "recipe.views.0 is 'side'"),
         ({"recipe": 3}, "recipe is 3"),
         ({"optimization": {"epochs": "many"}}, "optimization.epochs is 'many'"),
@@ -92,6 +93,9 @@ def test_a_file_that_cannot_be(tmp_path, content, message):
             ["--method", "adaptor", "--chunk", "8"],
             "--chunk has no meaning for a method whose towers' outputs are computed",
         ),
+        (["--adapters", "mlp", "task"], "adapters are mlp, task: mlp takes the place of language and task"),
+        (["--epochs", "9", "--schedule-epochs", "8"], "--schedule-epochs is 8: expected no less than --epochs, 9"),
+        (["--features", "somewhere"], "--features keeps towers' outputs for --method adaptor: leave it out"),
         (["--adapter-blocks", "3-1"], "expected numbers and ranges, as 8-11 or 2,5,8-11"),
     ],
 )
