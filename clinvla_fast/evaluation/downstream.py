@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import GroupKFold
 
 from ..data.sources.record import hashed_split
 from ..errors import DataError
@@ -22,6 +22,7 @@ _HOME = {
     "temporal": "temporal",
     "segmentation": "segmentation",
 }
+SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Training:
 
     labels: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Shares of the training studies whose labels are used; of temporal, always all."""
-    seeds: int = 3
-    """How often each is trained, on other studies and in another order; intervals are of the mean, ± is over these."""
+    seeds: int | None = None
+    """How often each is trained, on other studies and in another order; figures are means over these, ± their standard
+    deviation. None: 5 of temporal, 3 of the others."""
     epochs: int = 8
     """At most; training ends when the validation split has not improved for two of them. With few labels epochs are
     longer."""
@@ -52,8 +54,8 @@ class Training:
         if not self.labels or not all(0 < share <= 1 for share in self.labels):
             raise DataError(f"--labels are {self.labels}: expected shares above 0, at most 1, as 0.01 0.1 1.0.")
         for name, least in (("seeds", 1), ("epochs", 1), ("batch_size", 1), ("folds", 3)):
-            if getattr(self, name) < least:
-                raise DataError(f"--{name.replace('_', '-')} is {getattr(self, name)}: expected at least {least}.")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise DataError(f"--{name.replace('_', '-')} is {value}: expected at least {least}.")
         if self.lr is not None and not self.lr > 0:
             raise DataError(f"--lr is {self.lr}: expected a rate above 0.")
 
@@ -121,22 +123,18 @@ def share_of(part: Part, share: float, seed: int) -> Part:
     return Part(part.subject, part.places[np.isin(patient, order[: last + 1])])
 
 
-def folds_of(part: Part, classes: np.ndarray, folds: int, seed: int) -> list[Part]:
-    """A part in so many, each patient in one, the classes spread evenly.
-
-    Args:
-        classes: int [n], what is to be spread.
+def folds_of(part: Part, folds: int, seed: int) -> list[Part]:
+    """A part in so many, each patient in one.
 
     Raises:
         NotApplicable: if there are fewer patients than folds.
     """
     patients = part.patients
-    if len(np.unique(patients)) < folds:
+    if (several := len(np.unique(patients))) < folds:
         raise NotApplicable(
-            f"{part.subject.root} has {len(np.unique(patients))} patients to train and test on: expected at least "
-            f"{folds}, one a fold."
+            f"{part.subject.root} has {several} patients to train and test on: expected at least {folds}, one a fold."
         )
-    split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(classes, classes, patients)
+    split = GroupKFold(folds, shuffle=True, random_state=seed).split(patients, groups=patients)
     return [Part(part.subject, part.places[chosen]) for _, chosen in split]
 
 

@@ -19,7 +19,7 @@ from ..modeling.model import ClinVLA
 from ..recipe import Optimization
 from ..run import Run
 from ..study import StudyBatch
-from .downstream import Part, Training, percent, share_of
+from .downstream import SEEDS, Part, Training, percent, share_of
 from .probing import Labelled
 from .result import Result
 from .subject import Progress, Subject
@@ -38,7 +38,7 @@ def evaluate_classification(subject: Subject, told: Training, progress: Progress
     Training is stopped by the macro AUC on the validation studies.
     """
     labelled = Labelled(subject)
-    made = [(share, seed) for share in told.labels for seed in range(told.seeds)]
+    made = [(share, seed) for share in told.labels for seed in range(told.seeds or SEEDS)]
     predicted: dict[float, list[np.ndarray]] = {share: [] for share in told.labels}
     shown = {}
     for number, (share, seed) in enumerate(made):
@@ -135,7 +135,7 @@ class Tuning(Stage):
     def predict(self, part: Part) -> np.ndarray:
         """Logits of a part's studies: float32 [n, outputs]."""
         self.eval()
-        batches = _loader(part, part.subject.batch_size)
+        batches = loader_of(part, part.subject.batch_size)
         logits = (self.head(self._encode(self.model, batch.to(self.model.device))) for batch in batches)
         return torch.cat([x.float().cpu() for x in logits]).numpy()
 
@@ -146,10 +146,11 @@ def ids_of(part: Part) -> list[str]:
 
 def training_loader(used: Part, told: Training, seed: int, at: str | None) -> StudyLoader:
     """Epochs of a part's studies, augmented."""
-    return _loader(used, min(told.batch_size, len(used.places)), train=True, seed=seed, checkpoint=at)
+    return loader_of(used, min(told.batch_size, len(used.places)), train=True, seed=seed, checkpoint=at)
 
 
-def _loader(part: Part, batch_size: int, **how) -> StudyLoader:
+def loader_of(part: Part, batch_size: int, **how) -> StudyLoader:
+    """A part's studies as the part's model takes them."""
     model = part.subject.model
     return StudyLoader(
         part.subject.root,

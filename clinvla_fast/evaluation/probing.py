@@ -8,7 +8,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from .downstream import Part, Training, parts, percent, share_of, spread, statistic
+from .downstream import SEEDS, Part, Training, parts, percent, share_of, spread, statistic
 from .result import NotApplicable, Result
 from .score import Score
 from .subject import Progress, Subject
@@ -24,7 +24,7 @@ def evaluate_linear_probe(subject: Subject, told: Training, progress: Progress) 
     of the best macro AUC on the validation studies.
     """
     labelled = Labelled(subject)
-    made = [(share, seed) for share in told.labels for seed in range(1 if share == 1 else told.seeds)]
+    made = [(share, seed) for share in told.labels for seed in range(1 if share == 1 else told.seeds or SEEDS)]
     predicted: dict[float, list[np.ndarray]] = {share: [] for share in told.labels}
     shown = {}
     for number, (share, seed) in enumerate(made):
