@@ -6,6 +6,7 @@ read from the data that the results were made on, where these are still there: t
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -174,6 +175,7 @@ def _task_figures(task: str, of: Mapping[str, Result]) -> dict[str, Any]:
         "settings": _side_by_side({run: dict(_flat(result.settings)) for run, result in of.items()}),
         "seconds": {run: result.about.get("seconds") for run, result in of.items()},
         "scores": [_score_figures(name, of) for name in names],
+        "alarms": {run: alarms for run, result in of.items() if (alarms := result.shown.get("alarms"))},
         "shown": {run: result.shown for run, result in of.items()},
     }
 
@@ -276,31 +278,22 @@ def _blocks(of: Mapping[str, Result], films: _Films) -> Iterator[dict[str, Any]]
     if galleries := {run: result.shown["galleries"] for run, result in of.items() if result.shown.get("galleries")}:
         yield {"kind": "gallery", "ways": _gallery(of, galleries, films)}
     for run, result in of.items():
-        of_run = f" ({run})" if len(of) > 1 else ""
+        of_run, others = f" ({run})" if len(of) > 1 else "", {}
         for name, value in result.shown.items():
-            if name == "galleries" or value in (None, [], {}, ""):
-                continue
             title = _words(name) + of_run
             if examples := _examples(result, value, films):
                 yield {"kind": "pictures", "title": title, "examples": examples}
-                continue
-            if curves := _roc(value):
-                yield {"kind": "roc", "title": f"ROC curves{of_run}", "curves": curves}
-            yield (
-                {"kind": "table", "title": title, **table}
-                if (table := _table(value))
-                else {
-                    "kind": "values",
-                    "title": title,
-                    "value": value,
-                }
-            )
+            elif curves := _roc(value):
+                yield {"kind": "roc", "title": f"ROC curves of {title}", "curves": curves}
+                others[name] = {key: {k: v for k, v in of.items() if k != "roc"} for key, of in value.items()}
+            elif name not in ("galleries", "alarms"):
+                others[name] = value
+        yield from _tables(f"Further{of_run}", others)
 
 
-def _gallery(
-    of: Mapping[str, Result], galleries: Mapping[str, list], films: _Films
-) -> dict[str, dict[tuple, dict[str, Any]]]:
-    """By way the queries, each with the best results of every run, as in figures 3 and 4 of the ClinVLA paper."""
+def _gallery(of: Mapping[str, Result], galleries: Mapping[str, list], films: _Films) -> dict[str, list[dict[str, Any]]]:
+    """By way the queries, one of each label first, each with the best results of every run, as in figures 3 and 4 of
+    the ClinVLA paper."""
     asked = [one for gallery in galleries.values() for one in gallery]
     places = {place for one in asked for place in (one["query"], *(hit["place"] for hit in one["results"]))}
     studies = films.of(next(iter(of.values())), {place for place in places if isinstance(place, int)})
@@ -311,7 +304,16 @@ def _gallery(
             query = {"label": one.get("label"), "card": _card(one["query"], studies, given), "rows": {}}
             query = ways.setdefault(one["way"], {}).setdefault((str(one["query"]), one.get("label")), query)
             query["rows"][run] = [_card(hit["place"], studies, wanted) | hit for hit in one["results"]]
-    return ways
+    return {way: _in_turns(list(queries.values())) for way, queries in ways.items()}
+
+
+def _in_turns(queries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first of each label, then the second of each."""
+    turns, seen = [], Counter()
+    for query in queries:
+        turns.append(seen[query["label"]])
+        seen[query["label"]] += 1
+    return [queries[i] for i in sorted(range(len(queries)), key=turns.__getitem__)]
 
 
 def _card(place: int | str, studies: Mapping[int, Study], side: str) -> dict[str, Any]:
@@ -391,18 +393,40 @@ def _roc(value: Any) -> dict[str, str]:
     }
 
 
-def _table(value: Any) -> dict[str, Any] | None:
-    """A confusion matrix, or things by name with the same said of each; None where it is neither."""
-    if not isinstance(value, dict):
-        return None
-    if "classes" in value and "confusion" in value:
-        rows = zip(value["classes"], value["confusion"], strict=True)
-        return {"columns": ["true, down; told, across", *value["classes"]], "rows": list(rows)}
-    if not all(isinstance(of, dict) for of in value.values()):
-        return None
-    flat = {name: {key: x for key, x in _flat(of) if key != "roc"} for name, of in value.items()}
-    columns = list(dict.fromkeys(key for of in flat.values() for key in of))
-    return {"columns": ["", *columns], "rows": [(name, [of.get(key) for key in columns]) for name, of in flat.items()]}
+def _tables(title: str, value: Any) -> Iterator[dict[str, Any]]:
+    """Whatever a task shows, as tables: confusion matrices, things with the same said of each, and what is left."""
+    if isinstance(value, dict) and {"classes", "confusion"} <= value.keys():
+        rows = list(zip(value["classes"], value["confusion"], strict=True))
+        columns = ["true, down; told, across", *value["classes"]]
+        yield {"kind": "table", "title": title, "columns": columns, "rows": rows}
+    elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        yield _grid(title, [(str(number), one) for number, one in enumerate(value, start=1)])
+    elif isinstance(value, dict):
+        inner = {name: of for name, of in value.items() if _nested(of)}
+        if plain := [(name, {"": of}) for name, of in value.items() if name not in inner and of not in ([], {})]:
+            yield _grid(title, plain)
+        alike = [
+            (name, of) for name, of in inner.items() if isinstance(of, dict) and not any(map(_nested, of.values()))
+        ]
+        if alike:
+            yield _grid(title, alike)
+        for name, of in inner.items():
+            if name not in dict(alike):
+                yield from _tables(f"{title}, {_words(name)}", of)
+    elif _nested(value):
+        yield {"kind": "values", "title": title, "value": value}
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(x, dict | list) for x in value))
+
+
+def _grid(title: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """A table with a row for each of some things and a column for each of what is said of them."""
+    flat = [(name, dict(_flat(of))) for name, of in rows]
+    columns = list(dict.fromkeys(key for _, of in flat for key in of))
+    cells = [(name, [of.get(key) for key in columns]) for name, of in flat]
+    return {"kind": "table", "title": title, "columns": ["", *(c.replace(".", " ") for c in columns)], "rows": cells}
 
 
 def _page(figures: dict[str, Any], compared: Sequence[_Evaluated]) -> str:
