@@ -114,4 +114,5 @@ def read_result(run: Path, task: str) -> Result:
 
 def results(run: Path) -> list[Result]:
     """All that was found in this run, by the names of tasks."""
-    return [read_result(run, path.stem) for path in sorted((Path(run) / FOLDER).glob("*.json"))]
+    # Not by *.json: a report may lie there too.
+    return [read_result(run, path.stem) for path in sorted((Path(run) / FOLDER).glob("*.safetensors"))]
