@@ -55,6 +55,8 @@ def main(args: list[str] | None = None) -> None:
     out = told.report or told.runs[0] / FOLDER / "report.html"
     write_report(told.runs, out)
     console.print(f"Report: {out} (open it in a browser; it needs no network), and the same figures as JSON beside it.")
+    if len(told.runs) == 1:
+        console.print(f"Next: python -m training.evaluate {told.runs[0]} OTHER_RUN --task none puts another beside it.")
 
 
 def evaluate(run: Path, told: Evaluate, console: Console) -> None:
@@ -63,7 +65,7 @@ def evaluate(run: Path, told: Evaluate, console: Console) -> None:
     if not names:
         return
     model = load_model(run, told.device)
-    root = told.data or trained_on(run)
+    root, found = told.data or trained_on(run), False
     with progress_bar("studies embedded") as progress:
         subject = Subject(run, model, root, told.split or split_of(root), told.batch_size, progress)
         for name in names:
@@ -77,18 +79,26 @@ def evaluate(run: Path, told: Evaluate, console: Console) -> None:
                 continue
             write_result(result, run, about(subject, time.monotonic() - start))
             show(result, console)
+            found = True
+    if not found:
+        raise DataError(
+            f"{root} has nothing that {run} can be evaluated on: the lines above say what each task expects."
+        )
 
 
 def trained_on(run: Path) -> Path:
     """The data of a run.
 
     Raises:
-        DataError: if the run does not say, or they are gone.
+        DataError: if the run does not say, or says it in no JSON, or they are gone.
     """
     path = run / "run.json"
     if not path.is_file():
         raise DataError(f"{run} holds no run.json: pass --data, a folder written by training.prepare.")
-    named = json.loads(path.read_text())["settings"].get("data")
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))["settings"].get("data")
+    except (ValueError, KeyError):
+        raise DataError(f"{path} is damaged: pass --data, a folder written by training.prepare.") from None
     data = Path(named) if named else run / "data"
     if not data.is_dir():
         raise DataError(f"{run} was trained on data that are no longer there: pass --data.")

@@ -37,6 +37,9 @@ _HEADLINE: dict[str, tuple[str, ...]] = {
     "classification": ("macro AUC",),
     "temporal": (),
     "segmentation": (),
+    "modality-bias": ("own report before another patient's",),
+    "collapse": ("variance",),
+    "adapter-depth": (),
 }
 
 
@@ -288,7 +291,7 @@ def _blocks(of: Mapping[str, Result], films: _Films) -> Iterator[dict[str, Any]]
                 others[name] = {key: {k: v for k, v in of.items() if k != "roc"} for key, of in value.items()}
             elif name not in ("galleries", "alarms"):
                 others[name] = value
-        yield from _tables(f"Further{of_run}", others)
+        yield from _tables(others, of_run)
 
 
 def _gallery(of: Mapping[str, Result], galleries: Mapping[str, list], films: _Films) -> dict[str, list[dict[str, Any]]]:
@@ -393,28 +396,30 @@ def _roc(value: Any) -> dict[str, str]:
     }
 
 
-def _tables(title: str, value: Any) -> Iterator[dict[str, Any]]:
-    """Whatever a task shows, as tables: confusion matrices, things with the same said of each, and what is left."""
-    if isinstance(value, dict) and {"classes", "confusion"} <= value.keys():
-        rows = list(zip(value["classes"], value["confusion"], strict=True))
-        columns = ["true, down; told, across", *value["classes"]]
-        yield {"kind": "table", "title": title, "columns": columns, "rows": rows}
-    elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-        yield _grid(title, [(str(number), one) for number, one in enumerate(value, start=1)])
-    elif isinstance(value, dict):
-        inner = {name: of for name, of in value.items() if _nested(of)}
-        if plain := [(name, {"": of}) for name, of in value.items() if name not in inner and of not in ([], {})]:
-            yield _grid(title, plain)
-        alike = [
-            (name, of) for name, of in inner.items() if isinstance(of, dict) and not any(map(_nested, of.values()))
-        ]
-        if alike:
-            yield _grid(title, alike)
-        for name, of in inner.items():
-            if name not in dict(alike):
-                yield from _tables(f"{title}, {_words(name)}", of)
-    elif _nested(value):
-        yield {"kind": "values", "title": title, "value": value}
+def _tables(shown: Mapping[str, Any], of_run: str) -> Iterator[dict[str, Any]]:
+    """Whatever a task shows, as tables: single values, things with the same said of each, confusion matrices."""
+    there = {name: value for name, value in shown.items() if value not in ([], {})}
+    plain = [(name, {"": value}) for name, value in there.items() if not _nested(value)]
+    flat = [(name, value) for name, value in there.items() if isinstance(value, dict) and _plain(value)]
+    yield from (_grid(f"Further{of_run}", rows) for rows in (plain, flat) if rows)
+    for name in (name for name in there if name not in dict(plain + flat)):
+        title, value = _words(name) + of_run, there[name]
+        if isinstance(value, dict) and {"classes", "confusion"} <= value.keys():
+            rows = list(zip(value["classes"], value["confusion"], strict=True))
+            columns = ["true, down; told, across", *value["classes"]]
+            yield {"kind": "table", "title": title, "columns": columns, "rows": rows}
+        elif isinstance(value, list) and all(isinstance(one, dict) for one in value):
+            yield _grid(title, [(str(number), one) for number, one in enumerate(value, start=1)])
+        elif isinstance(value, dict) and all(isinstance(one, dict) for one in value.values()):
+            yield _grid(title, list(value.items()))
+        elif isinstance(value, dict):
+            yield from _tables({f"{name}, {key}": one for key, one in value.items()}, of_run)
+        else:
+            yield {"kind": "values", "title": title, "value": value}
+
+
+def _plain(value: Mapping[str, Any]) -> bool:
+    return not any(map(_nested, value.values()))
 
 
 def _nested(value: Any) -> bool:
@@ -477,7 +482,7 @@ def _across(x: float, ends: tuple[float, float]) -> str:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").replace("-", " ")
+    return name.replace("_", " ")
 
 
 def _signed(x: float) -> str:
