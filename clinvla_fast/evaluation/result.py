@@ -4,6 +4,7 @@ evaluation/TASK.json            scores with intervals and chance, what a report 
 evaluation/TASK.safetensors     the rows of each score, and pictures
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from ..errors import DataError
 from ..run import replacing, write_json
@@ -57,7 +58,12 @@ def write_result(result: Result, run: Path, about: Mapping[str, Any]) -> Path:
 
     Args:
         about: the run, the data and the versions; JSON values.
+
+    Raises:
+        ValueError: if two scores have one name.
     """
+    if len({score.name for score in result.scores}) < len(result.scores):
+        raise ValueError(f"{result.task}: two scores have one name.")
     folder = Path(run) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     result.about = dict(about)
@@ -78,11 +84,13 @@ def write_result(result: Result, run: Path, about: Mapping[str, Any]) -> Path:
         scores[-1] |= {"lower_is_better": True} if score.lower_is_better else {}
         parts = {**{f"row/{name}": x for name, x in score.rows.items()}, "units": score.units}
         arrays |= {f"score/{number}/{name}": x for name, x in (parts | {"patients": score.patients}).items()}
+    content = save({name: np.ascontiguousarray(x) for name, x in arrays.items()})
     with replacing(folder / f"{result.task}.safetensors") as partial:
-        partial.write_bytes(save({name: np.ascontiguousarray(x) for name, x in arrays.items()}))
+        partial.write_bytes(content)
     path = folder / f"{result.task}.json"
     written = {"format": _FORMAT, "task": result.task, **about, "settings": result.settings}
-    write_json(path, written | {"scores": scores, "shown": result.shown})
+    written |= {"scores": scores, "shown": result.shown, "rows_sha256": hashlib.sha256(content).hexdigest()}
+    write_json(path, written)
     return path
 
 
@@ -97,7 +105,10 @@ def read_result(run: Path, task: str) -> Result:
         raise DataError(f"{path}: no such file. Make it with: python -m training.evaluate {run} --task {task}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        arrays = load_file(path.with_suffix(".safetensors"))
+        content = path.with_suffix(".safetensors").read_bytes()
+        if (found["format"], found.pop("rows_sha256")) != (_FORMAT, hashlib.sha256(content).hexdigest()):
+            raise ValueError("the files are of two writes, or of another version")
+        arrays = load(content)
         pictures = {name.removeprefix("picture/"): x for name, x in arrays.items() if name.startswith("picture/")}
         result = Result(task, [], found.pop("settings"), found.pop("shown"), pictures)
         for number, score in enumerate(found.pop("scores")):
@@ -106,7 +117,7 @@ def read_result(run: Path, task: str) -> Result:
             given = (score["chance"], score.get("spread"), score.get("lower_is_better", False))
             result.scores.append(Score(score["name"], score["statistic"], rows, of["units"], of["patients"], *given))
             result.intervals[score["name"]] = Interval(score["value"], score["low"], score["high"])
-    except (ValueError, KeyError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise DataError(f"{path} or what lies beside it is damaged ({type(error).__name__}): evaluate again.") from None
     result.about = found
     return result
