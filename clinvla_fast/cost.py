@@ -13,6 +13,7 @@ from .modeling import attention
 from .modeling.adaptor import Adaptor
 from .modeling.encoders import ImageEncoder, TextEncoder
 from .modeling.model import ClinVLA
+from .pretraining import Towers
 from .study import VIEWS, StudyBatch
 
 
@@ -60,15 +61,41 @@ def batch_flops(model: ClinVLA, views: int, tokens: int, studies: int) -> int:
 
 
 def training_flops(model: ClinVLA) -> Callable[[StudyBatch], Tensor]:
-    """What training on a batch costs, by its present views and words: counted on three studies, between which it is a
-    plane but for the square of a report's length in its attention."""
-    one, two, longer = (step_flops(model, *study) for study in ((1, 32), (2, 32), (2, 64)))
-    view, token = two - one, (longer - two) / 32
-    seen = torch.tensor([view in model.recipe.views for view in VIEWS])
+    """What training on a batch costs, by its present views and words."""
+    return _by_content(lambda *study: step_flops(model, *study), [view in model.recipe.views for view in VIEWS])
+
+
+def tower_flops(stage: Towers) -> Callable[[StudyBatch], Tensor]:
+    """What a step of making towers costs, by its present views and words."""
+
+    def count(views: int, tokens: int) -> int:
+        batch = _studies(stage.image_size, next(stage.parameters()).device, views, tokens)
+        with attention.use("sdpa"), sdpa_kernel(SDPBackend.MATH), alone(), FlopCounterMode(display=False) as counter:
+            stage(batch, 0)["loss"].backward()
+        stage.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+    return _by_content(count, [True] * len(VIEWS))
+
+
+def _by_content(count: Callable[[int, int], int], seen: list[bool]) -> Callable[[StudyBatch], Tensor]:
+    """Of any batch, from what one study costs by its views and tokens: a line in its views, and for the attention in
+    its report a parabola in its tokens, through what is counted.
+
+    Args:
+        seen: of the views that a study has, which cost anything.
+    """
+    one, short, middle, long = (count(*study) for study in ((1, 32), (2, 16), (2, 32), (2, 64)))
+    view, rise = middle - one, (middle - short) / 16
+    square = ((long - middle) / 32 - rise) / 48
+    token = rise - 48 * square
+    empty = one - view - 32 * token - 32**2 * square
+    looked_at = torch.tensor(seen)
 
     def flops(batch: StudyBatch) -> Tensor:
-        views = (batch.present & seen[: batch.present.shape[1]].to(batch.present.device)).sum()
-        return (one - view - 32 * token) * len(batch) + view * views + token * batch.lengths.sum().item()
+        views = (batch.present & looked_at[: batch.present.shape[1]].to(batch.present.device)).sum()
+        tokens = token * batch.lengths.sum().item() + square * batch.lengths.square().sum().item()
+        return empty * len(batch) + view * views + tokens
 
     return flops
 
@@ -122,12 +149,7 @@ def adaptor_cost(
     """
     towers = sum(x.numel() for part in (image, text) for x in part.model.state_dict().values())
     trained = sum(p.numel() for p in adaptor.parameters())
-    study = StudyBatch(
-        images=torch.zeros(1, 2, image.image_size, image.image_size, dtype=torch.uint8, device=image.device),
-        present=torch.ones(1, 2, dtype=torch.bool, device=image.device),
-        tokens=torch.full((text.max_tokens,), 5, device=image.device),
-        lengths=torch.tensor([text.max_tokens]),
-    )
+    study = _studies(image.image_size, image.device, 2, text.max_tokens)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as once:
         encode_features(study, image, text)
     with sdpa_kernel(SDPBackend.MATH), alone(), FlopCounterMode(display=False) as step:
@@ -144,11 +166,15 @@ def adaptor_cost(
 
 
 def _study(model: ClinVLA, views: int, tokens: int, studies: int = 1, training: bool = False) -> StudyBatch:
-    # The counter knows no formula for a CPU's fused attention, so both functions run attention as plain products.
     size = model.training_size if training else model.vision.image_size
+    return _studies(size, model.device, views, tokens, studies)
+
+
+def _studies(size: int, device: torch.device, views: int, tokens: int, studies: int = 1) -> StudyBatch:
+    # The counter knows no formula for a CPU's fused attention: who counts runs attention as plain products.
     return StudyBatch(
-        images=torch.zeros(studies, views, size, size, dtype=torch.uint8, device=model.device),
-        present=torch.ones(studies, views, dtype=torch.bool, device=model.device),
-        tokens=torch.full((studies * tokens,), 5, device=model.device),
+        images=torch.zeros(studies, views, size, size, dtype=torch.uint8, device=device),
+        present=torch.ones(studies, views, dtype=torch.bool, device=device),
+        tokens=torch.full((studies * tokens,), 5, device=device),
         lengths=torch.tensor([tokens] * studies),
     )

@@ -32,10 +32,11 @@ from .recipe import Optimization
 from .study import Embeddings, StudyBatch
 
 _ALARM_PATIENCE = 5
+_UNSEEN = 16  # pixels a side
 
 
 class Towers(Stage):
-    """Both towers learn by masked modelling: patches of every present view, and words."""
+    """Towers learn by masked modelling: patches of every present view, and words."""
 
     name = "towers"
 
@@ -43,19 +44,36 @@ class Towers(Stage):
         super().__init__(seed)
         self.model, self.settings = model, settings
 
+    @property
+    def image_size(self) -> int:
+        """Of the images that it takes: small ones, where it does not look at them."""
+        return _UNSEEN if self.model.vision is None else self.model.vision.image_size
+
     def forward(self, batch: StudyBatch, seed: int) -> dict[str, Tensor]:
+        losses = {}
+        if self.model.vision is not None:
+            losses["image"] = self._image(batch, seed)
+        if self.model.text is not None:
+            losses["word"] = self._word(batch, seed)
+        return {"loss": sum(losses.values()), **{name: loss.detach() for name, loss in losses.items()}}
+
+    def _image(self, batch: StudyBatch, seed: int) -> Tensor:
         patches = self.model.vision.patches
         before = batch.present.new_zeros(batch.row, batch.present.shape[1])
         present, keep = torch.cat([before, batch.present]), round(self.settings.keep * patches)
         kept, _ = ops.draw_kept_patches(present, patches, keep, seed)
-        image = self.model.image_loss(batch.images, batch.present, kept)
+        return _of_all(self.model.image_loss(batch.images, batch.present, kept), len(kept))
+
+    def _word(self, batch: StudyBatch, seed: int) -> Tensor:
         packing = Packing.of(batch.lengths, batch.tokens.device)
         masked = draw_masked_words(batch.lengths, self.settings.masked_words, seed, batch.row)
-        word = self.model.word_loss(batch.tokens, packing, masked.to(batch.tokens.device))
-        if ranks() > 1:  # each is a mean, over views and over words
-            views, words = total(len(kept), len(masked))
-            image, word = image * len(kept) * ranks() / views, word * len(masked) * ranks() / words
-        return {"loss": image + word, "image": image.detach(), "word": word.detach()}
+        loss = self.model.word_loss(batch.tokens, packing, masked.to(batch.tokens.device))
+        return _of_all(loss, len(masked))
+
+
+def _of_all(mean: Tensor, count: int) -> Tensor:
+    """Of a mean over `count` here: what its mean over ranks is the mean over all of."""
+    return mean if ranks() == 1 else mean * count * ranks() / total(count)[0]
 
 
 class CollapseAlarm:
@@ -282,10 +300,12 @@ def retrieve(model: ClinVLA, loader: StudyLoader) -> dict[str, dict[str, float |
     return scores
 
 
-def compile_tower_blocks(vision: VisionTower, text: TextTower) -> None:
+def compile_tower_blocks(vision: VisionTower | None, text: TextTower | None) -> None:
     """Compile the towers' blocks, each kind once for all depths, any number of views and any lengths of reports."""
-    vision.run_block = torch.compile(vision_block, fullgraph=True, dynamic=True)
-    text.run_block = torch.compile(text_block, fullgraph=True, dynamic=True)
+    if vision is not None:
+        vision.run_block = torch.compile(vision_block, fullgraph=True, dynamic=True)
+    if text is not None:
+        text.run_block = torch.compile(text_block, fullgraph=True, dynamic=True)
 
 
 def warm_up(stage: Align, batch: StudyBatch) -> float:

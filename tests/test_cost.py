@@ -11,8 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
 from clinvla_fast import ClinVLA, Recipe, cost
+from clinvla_fast.modeling import attention
+from clinvla_fast.modeling.masked_modeling import MaskedModeling
 from clinvla_fast.modeling.text import TextTower
-from clinvla_fast.modeling.towers import save_text
+from clinvla_fast.modeling.towers import make_tiny_text, make_tiny_vision, save_text
+from clinvla_fast.presets import TowerTraining
+from clinvla_fast.pretraining import Towers
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,24 @@ def test_a_training_step(tiny_model):
     forward, step = cost.forward_flops(tiny_model, 2, 20, masked=True), cost.step_flops(tiny_model, 2, 20)
     assert 2 * forward < step < 2.5 * forward
     assert all(p.grad is None for p in tiny_model.parameters())
+
+
+@pytest.mark.parametrize("towers", [("vision", "text"), ("vision",), ("text",)])
+def test_flops_of_making_towers_go_by_what_a_batch_holds(tokenizer, make_batch, towers):
+    torch.manual_seed(0)
+    made = {"vision": make_tiny_vision(), "text": make_tiny_text(len(tokenizer))}
+    parts = [made[kind] if kind in towers else None for kind in made]
+    stage = Towers(MaskedModeling(*parts, tokenizer.mask_token_id), TowerTraining(), 0)
+    flops = cost.tower_flops(stage)
+    assert all(p.grad is None for p in stage.parameters())
+    found = []
+    for present, lengths in (([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], [40] * 3), ([[1, 0, 0, 0]] * 3, [9] * 3)):
+        batch = make_batch(present, lengths, size=stage.image_size)
+        with attention.use("sdpa"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            stage(batch, 0)["loss"].backward()
+        found.append(counter.get_total_flops())
+        assert float(flops(batch)) == pytest.approx(found[-1], rel=0.005)  # a share of the words is rounded
+    assert found[0] > 1.5 * found[1]
 
 
 def _adapter(width, inner):

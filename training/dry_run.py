@@ -49,7 +49,7 @@ def dry_run(job: "Job", console) -> None:
         vision, text = _towers(job, folder)
         rows: list[tuple[str, str]] = []
         seconds = 0.0
-        if job.vision is None and not job.recipe.scratch:
+        if job.makes_towers:
             seconds += _tower_time(job, vision, text, data, studies, rows)
         if job.recipe.fusion:
             stage, sizes, small, large = _fusion(job, vision, text, data, studies, rows)
@@ -113,7 +113,8 @@ def _towers(job: "Job", folder: Path) -> tuple[str, str]:
 def _tower_time(job: "Job", vision: str, text: str, data: Path, studies: int, rows: list) -> float:
     model = ClinVLA(vision, text, replace(job.recipe, adapters=(), trained=("towers",))).to(job.device)
     settings = job.settings.towers
-    stage = Towers(MaskedModeling(model.vision, model.text, model.tokenizer.mask_token_id), settings, 0).to(job.device)
+    trained = model.vision if job.vision is None else None, model.text if job.text is None else None
+    stage = Towers(MaskedModeling(*trained, model.tokenizer.mask_token_id), settings, 0).to(job.device)
     small, large = (_batch(job, data, model, n) for n in (_SMALL, _LARGE))
     step, _ = _measured(stage, small, large, settings.batch_size, None)
     seconds = step * settings.epochs * (studies // settings.batch_size)

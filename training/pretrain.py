@@ -25,6 +25,7 @@ from clinvla_fast.cost import (
     forward_flops,
     parameters,
     step_flops,
+    tower_flops,
     training_flops,
 )
 from clinvla_fast.data.epochs import check_batch
@@ -224,8 +225,8 @@ class Job:
         write_json(path, {"settings": settings, "manifest_sha256": digest})
 
     def towers(self, run: Run, data: Path) -> tuple[str, str]:
-        """Names or paths of both towers. Where the preset has none they are made here, by masked modelling, or left
-        random for a method that starts from scratch."""
+        """Names or paths of both towers. One that neither the preset nor the settings name is made here, by masked
+        modelling; a method that starts from scratch has both made, and left random."""
         made = self.out / "towers"
         names = str(made / "vision"), str(made / "text")
         if not self.recipe.scratch:
@@ -241,23 +242,28 @@ class Job:
         vision = make_tiny_vision() if self.vision is None else load_vision(self.vision)
         if self.recipe.scratch:
             vision, text = new_vision(vision), new_text(text)
-        else:
+        else:  # of those that are given nothing is trained
+            vision, text = vision if self.vision is None else None, text if self.text is None else None
             self.make_towers(run, data, MaskedModeling(vision, text, tokenizer.mask_token_id), tokenizer)
         if rank() == 0:
             with replacing(made) as folder:
-                save_vision(vision.cpu(), folder / "vision")
-                save_text(text.cpu(), tokenizer, folder / "text")
+                if vision is not None:
+                    save_vision(vision.cpu(), folder / "vision")
+                if text is not None:
+                    save_text(text.cpu(), tokenizer, folder / "text")
         from_first(lambda: None)
         return names
 
     def make_towers(self, run: Run, data: Path, model: MaskedModeling, tokenizer) -> None:
         settings = self.settings.towers
         stage = Towers(model, settings, self.settings.seed).to(self.device)
+        stage.flops = tower_flops(stage)
         if self.settings.compile:
             compile_tower_blocks(model.vision, model.text)
+        longest = self.recipe.max_tokens
         sizes = {
-            "image_size": model.vision.image_size,
-            "max_tokens": min(self.recipe.max_tokens, model.text.max_tokens),
+            "image_size": stage.image_size,
+            "max_tokens": longest if model.text is None else min(longest, model.text.max_tokens),
             "batch_size": settings.batch_size,
         }
         groups = [{"params": list(stage.parameters()), "lr": settings.lr, "weight_decay": settings.weight_decay}]

@@ -77,14 +77,16 @@ def _mean(x: Tensor) -> Tensor:
 
 
 class MaskedModeling(nn.Module):
-    """Both towers with their heads."""
+    """Both towers with their heads, or one of them: None is a tower that is not to be trained."""
 
-    def __init__(self, vision: VisionTower, text: TextTower, mask_token: int):
+    def __init__(self, vision: VisionTower | None, text: TextTower | None, mask_token: int):
         super().__init__()
         self.vision, self.text, self.mask_token = vision, text, mask_token
-        self.decoder = ImageDecoder(vision.width, vision.patches, vision.patch_size**2, 1, vision.width // 2)
-        self.thumbnail = nn.Linear(vision.width, 4 * vision.patches)  # two by two pixels a patch
-        self.words = WordHead(text.width, text.word_embeddings.num_embeddings)
+        if vision is not None:
+            self.decoder = ImageDecoder(vision.width, vision.patches, vision.patch_size**2, 1, vision.width // 2)
+            self.thumbnail = nn.Linear(vision.width, 4 * vision.patches)  # two by two pixels a patch
+        if text is not None:
+            self.words = WordHead(text.width, text.word_embeddings.num_embeddings)
 
     def image_loss(self, images: Tensor, present: Tensor, kept: Tensor) -> Tensor:
         """Mean squared error of the masked patches, their pixels normalised a patch, plus that of the thumbnail.

@@ -177,6 +177,18 @@ def test_an_adaptor_run_is_evaluated_as_it_was_when_it_ended(finished_run, tmp_p
     assert len(hits[0]) == 3
 
 
+@pytest.mark.parametrize(("given", "made", "learned"), [("vision", "text", "word"), ("text", "vision", "image")])
+def test_of_two_towers_the_missing_one_alone_is_made(finished_run, tiny_towers, tmp_path, given, made, learned):
+    out, tower = tmp_path / "run", ["--epochs", "1", f"--{given}-tower", str(tiny_towers[given])]
+    main([*SMALL, *tower, "--data", str(finished_run / "data"), "--out", str(out)])
+    assert [path.name for path in (out / "towers").iterdir()] == [made]
+    config = json.loads((out / "config.json").read_text())
+    assert (config[made], Path(config[given])) == (f"towers/{made}", tiny_towers[given].resolve())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(line) == {"stage", "step", "lr", "loss", learned} for line in lines if line["stage"] == "towers")
+    assert lines[0]["stage"] == "towers"
+
+
 class TestBadInput:
     def test_no_such_data(self, tmp_path, capsys):
         assert "no such directory" in error_of(capsys, "--data", str(tmp_path / "none"), "--out", str(tmp_path / "run"))
