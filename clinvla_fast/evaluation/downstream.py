@@ -40,7 +40,7 @@ class Training:
     batch_size: int = 32
     """Studies a step."""
     lr: float | None = None
-    """Of adapters and head. None: that of the run's task adapters."""
+    """Of adapters and head. None: that of the run's task adapters; of segmentation, 0.001."""
     unfreeze: bool = False
     """Train all that the run has trained in its image tower, not the task adapters alone."""
     label: str | None = None

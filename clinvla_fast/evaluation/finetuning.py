@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, linear
 
 from ..data.loader import StudyLoader
 from ..fit import Loader, Stage, fit
@@ -20,12 +20,11 @@ from ..recipe import Optimization
 from ..run import Run
 from ..study import StudyBatch
 from .downstream import SEEDS, Part, Training, percent, share_of
-from .probing import Labelled
+from .probing import Labelled, Probe, fit_probe
 from .result import Result
 from .subject import Progress, Subject
 
 _PATIENCE = 2  # validations without a better one
-_FEWEST_STEPS = 20  # between two validations
 _WARMUP = 0.1
 Encode = Callable[[ClinVLA, StudyBatch], Tensor]
 
@@ -35,7 +34,8 @@ def evaluate_classification(subject: Subject, told: Training, progress: Progress
 
     Trained are the image tower's task adapters, as ClinVLA has it downstream, and a linear head on the image features;
     of a method without task adapters the head alone; with `unfreeze` all that the run has trained in its image tower.
-    Training is stopped by the macro AUC on the validation studies.
+    The head starts as the linear probe (Kumar et al. 2022): from zero it would not get there in so few steps. Training
+    is stopped by the macro AUC on the validation studies.
     """
     labelled = Labelled(subject)
     made = [(share, seed) for share in told.labels for seed in range(told.seeds or SEEDS)]
@@ -56,10 +56,11 @@ def _classify(
     """Logits of the test studies, as `Labelled.widened`, and what a reader may want to know of the training."""
     model, learned = used.subject.model, labelled.learned(used)
     with tuned(model, told.unfreeze) as weights:
-        stage = Tuning(model, _features, _cross_entropy, used, labelled.targets(used)[:, learned], seed)
+        head = Head(fit_probe(labelled, used)[0])
+        stage = Tuning(model, _features, head, _cross_entropy, used, labelled.targets(used)[:, learned], seed)
         about = train(
             stage,
-            [*weights, *stage.head.trained()],
+            [*weights, *head.parameters()],
             lambda at: training_loader(used, told, seed, at),
             lambda: labelled.validated(stage.predict(labelled.validate), learned),
             told,
@@ -80,22 +81,17 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """A linear layer on standardised features [n, width], zero at first: a frozen tower's features differ little from
-    study to study."""
+    """A linear layer on standardised features [n, width]: a frozen tower's differ little from study to study."""
 
-    def __init__(self, features: Tensor, outputs: int):
+    def __init__(self, start: Probe):
         super().__init__()
-        self.register_buffer("mean", features.mean(0))
-        self.register_buffer("scale", features.std(0, correction=0).clamp(min=1e-6))
-        self.linear = nn.Linear(features.shape[1], outputs)
-        for p in self.linear.parameters():
-            nn.init.zeros_(p)
-
-    def trained(self) -> list[nn.Parameter]:
-        return list(self.linear.parameters())
+        mean, scale, weight, bias = (torch.from_numpy(x).float() for x in start)
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear((x.float() - self.mean) / self.scale)
+        return linear((x.float() - self.mean) / self.scale, self.weight, self.bias)
 
 
 class Tuning(Stage):
@@ -103,9 +99,8 @@ class Tuning(Stage):
 
     Args:
         loss: of logits and targets.
-        used: the studies that are trained on; their features as they are now scale the head.
+        used: the studies that are trained on.
         targets: of each of them, [n, any].
-        outputs: of the head; None: a target each.
     """
 
     name = "downstream"
@@ -114,34 +109,34 @@ class Tuning(Stage):
         self,
         model: ClinVLA,
         encode: Encode,
+        head: Head,
         loss: Callable[[Tensor, Tensor], Tensor],
         used: Part,
         targets: np.ndarray,
         seed: int,
-        outputs: int | None = None,
     ):
         super().__init__(seed)
-        self.model, self._encode, self._loss = model, encode, loss
-        self._targets = dict(zip(ids_of(used), torch.from_numpy(targets).to(model.device), strict=True))
-        self.head: nn.Module = nn.Identity()
-        features = torch.from_numpy(self.predict(used)).to(model.device)
-        self.head = Head(features, outputs or targets.shape[1]).to(model.device)
+        self.model, self.head = model, head.to(model.device)
+        self._encode, self._loss = encode, loss
+        ids = (used.subject.studies[place].study_id for place in used.places)
+        self._targets = dict(zip(ids, torch.from_numpy(targets).to(model.device), strict=True))
 
     def forward(self, batch: StudyBatch, seed: int) -> dict[str, Tensor]:
         wanted = torch.stack([self._targets[name] for name in batch.ids])
         return {"loss": self._loss(self.head(self._encode(self.model, batch)), wanted)}
 
-    @torch.inference_mode()
     def predict(self, part: Part) -> np.ndarray:
         """Logits of a part's studies: float32 [n, outputs]."""
-        self.eval()
-        batches = loader_of(part, part.subject.batch_size)
-        logits = (self.head(self._encode(self.model, batch.to(self.model.device))) for batch in batches)
-        return torch.cat([x.float().cpu() for x in logits]).numpy()
+        with torch.inference_mode():
+            return self.head(encoded(part, self._encode).to(self.model.device)).cpu().numpy()
 
 
-def ids_of(part: Part) -> list[str]:
-    return [part.subject.studies[place].study_id for place in part.places]
+@torch.inference_mode()
+def encoded(part: Part, encode: Encode) -> Tensor:
+    """What `encode` makes of a part's studies, as its model is now: float32 [n, width] on the CPU."""
+    model = part.subject.model.eval()
+    batches = loader_of(part, part.subject.batch_size)
+    return torch.cat([encode(model, batch.to(model.device)).float().cpu() for batch in batches])
 
 
 def training_loader(used: Part, told: Training, seed: int, at: str | None) -> StudyLoader:
@@ -205,10 +200,12 @@ def train(
     told: Training,
     lr: float,
     progress: Progress,
+    fewest_steps: int = 20,
 ) -> dict[str, float]:
-    """Train a stage's weights until what `validate` measures gets no better; the best ones stay.
+    """Train a stage's weights until what `validate` measures gets no better; the best ones stay, perhaps the first.
 
-    An epoch of few studies is short: some together are what lies between two validations.
+    Args:
+        fewest_steps: between two validations: of few studies, several epochs.
 
     Returns:
         validated: the best; steps; skipped: those of them whose loss was not finite, which changed nothing.
@@ -216,9 +213,9 @@ def train(
     Raises:
         DataError: if too many steps in a row are not finite.
     """
-    found: list[float] = []
+    found, start = [validate()], [p.detach().clone() for p in weights]
     batches = len(make_loader(None))
-    every = math.ceil(_FEWEST_STEPS / batches)
+    every = math.ceil(fewest_steps / batches)
     settings = Optimization(epochs=told.epochs * every, warmup=_WARMUP, patience=_PATIENCE)
 
     def measure(epoch: int) -> dict[str, float]:
@@ -244,6 +241,10 @@ def train(
             )
         finally:
             run.close()
+    if max(found) == found[0]:
+        with torch.no_grad():
+            for p, was in zip(weights, start, strict=True):
+                p.copy_(was)
     return {"validated": max(found), "steps": told_of["steps"], "skipped": told_of["skipped"]}
 
 

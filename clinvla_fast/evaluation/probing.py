@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -18,44 +19,53 @@ _ITERATIONS = 2000
 
 
 def evaluate_linear_probe(subject: Subject, told: Training, progress: Progress) -> Result:
-    """AUC of each finding by a logistic regression on `subject.features`, with shares of the training labels.
-
-    Features are standardised by the studies that are trained on. The regularisation, one for all findings, is the one
-    of the best macro AUC on the validation studies.
-    """
+    """AUC of each finding by a logistic regression on `subject.features`, with shares of the training labels."""
     labelled = Labelled(subject)
     made = [(share, seed) for share in told.labels for seed in range(1 if share == 1 else told.seeds or SEEDS)]
     predicted: dict[float, list[np.ndarray]] = {share: [] for share in told.labels}
     shown = {}
     for number, (share, seed) in enumerate(made):
         used = share_of(labelled.train, share, seed)
+        probe, about = fit_probe(labelled, used)
         learned = labelled.learned(used)
-        target, best = labelled.targets(used)[:, learned], (-1.0, 0.0, np.empty(0))
-        for strength in _STRENGTHS:
-            of_validate, of_test = _probe(used, target, strength, (labelled.validate, labelled.test))
-            auc = labelled.validated(of_validate, learned)
-            if auc > best[0]:
-                best = (auc, float(strength), of_test)
-        predicted[share].append(labelled.widened(best[2], learned))
-        about = {"studies": len(used.places), "C": best[1], "left out": labelled.left_out(learned)}
-        shown[f"{percent(share)}, seed {seed}"] = about
+        predicted[share].append(labelled.widened(probe(_features(labelled.test)), learned))
+        shown[f"{percent(share)}, seed {seed}"] = about | {"left out": labelled.left_out(learned)}
         progress(number + 1, len(made))
     scores = [score for share in told.labels for score in labelled.scores(percent(share), predicted[share])]
     return Result("linear-probe", scores, told.settings(), {"trained": shown})
 
 
-def _probe(used: Part, target: np.ndarray, strength: float, asked: Sequence[Part]) -> list[np.ndarray]:
-    """Logits of the studies of each part asked for, a column a finding."""
+class Probe(NamedTuple):
+    """A logistic regression for each of c findings on standardised features: mean, scale [width], weight [c, width],
+    bias [c]."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Logits [n, c]."""
+        return (features - self.mean) / self.scale @ self.weight.T + self.bias
+
+
+def fit_probe(labelled: "Labelled", used: Part) -> tuple[Probe, dict[str, float]]:
+    """A probe of the findings that can be learned from these studies. Features are standardised by them; the
+    regularisation, one for all findings, is the one of the best macro AUC on the validation studies."""
+    learned = labelled.learned(used)
+    target, best = labelled.targets(used)[:, learned], -1.0
     scaler = StandardScaler().fit(_features(used))
-    x, others = scaler.transform(_features(used)), [scaler.transform(_features(part)) for part in asked]
-    columns: list[list[np.ndarray]] = [[] for _ in asked]
+    x = scaler.transform(_features(used))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # where it is hardly regularised: validation judges
-        for wanted in target.T:
-            model = LogisticRegression(C=strength, max_iter=_ITERATIONS).fit(x, wanted)
-            for column, other in zip(columns, others, strict=True):
-                column.append(model.decision_function(other))
-    return [np.stack(column, 1) for column in columns]
+        for strength in _STRENGTHS:
+            models = [LogisticRegression(C=strength, max_iter=_ITERATIONS).fit(x, wanted) for wanted in target.T]
+            weights = (np.concatenate([getattr(m, name) for m in models]) for name in ("coef_", "intercept_"))
+            made = Probe(scaler.mean_, scaler.scale_, *weights)
+            auc = labelled.validated(made(_features(labelled.validate)), learned)
+            if auc > best:
+                best, probe, about = auc, made, {"studies": len(target), "C": float(strength), "validated": auc}
+    return probe, about
 
 
 def _features(part: Part) -> np.ndarray:

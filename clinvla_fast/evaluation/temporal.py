@@ -12,7 +12,8 @@ from ..data.shards import PROGRESSIONS, Study
 from ..modeling.model import ClinVLA
 from ..study import VIEWS, StudyBatch
 from .downstream import Part, Training, folds_of, parts, spread, statistic
-from .finetuning import Tuning, loader_of, nth_of, rate_of, train, training_loader, tuned
+from .finetuning import Head, Tuning, encoded, loader_of, nth_of, rate_of, train, training_loader, tuned
+from .probing import Probe
 from .result import NotApplicable, Result
 from .score import Score
 from .subject import Progress, Subject
@@ -103,10 +104,13 @@ def _classify(
         return _by_course(stage.predict(part)).argmax(-1)
 
     with tuned(learned.subject.model, told.unfreeze) as tower:
-        stage = Tuning(learned.subject.model, _now_and_before, loss, learned, target, seed, target.shape[1] * _COURSES)
+        features, outputs = encoded(learned, _now_and_before).double().numpy(), target.shape[1] * _COURSES
+        scale = np.maximum(features.std(0), 1e-6)
+        head = Head(Probe(features.mean(0), scale, np.zeros((outputs, len(scale))), np.zeros(outputs)))
+        stage = Tuning(learned.subject.model, _now_and_before, head, loss, learned, target, seed)
         about = train(
             stage,
-            [*tower, *stage.head.trained()],
+            [*tower, *head.parameters()],
             lambda at: training_loader(learned, told, seed, at),
             lambda: statistic("macro accuracy", **_cells(wanted, courses(validate))),
             told,

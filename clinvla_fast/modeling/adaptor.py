@@ -11,6 +11,7 @@ It embeds a study in two ways, and is trained with the symmetric contrastive los
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from math import isqrt
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -248,6 +249,12 @@ class AdaptorModel(nn.Module, Encoding):
         """The mean of the tokens of a study's views, as the image encoder gives them: [B, its width]."""
         tokens, mask = view_tokens(batch.images, batch.present, self.vision)
         return tokens.masked_fill(~mask[..., None], 0).float().sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+    def patch_features(self, batch: StudyBatch) -> Tensor:
+        """Patch tokens of the n current frontal views, row by row of patches, which follow a transformer's prefix:
+        [n, patches, the image encoder's width]."""
+        tokens = self.vision(batch.images[batch.present[:, 0], 0])
+        return tokens[:, -(isqrt(tokens.shape[1]) ** 2) :]
 
     def _embed(self, side: Literal["image", "text"], tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rounded = tokens.to(stored_dtype(tokens.dtype))  # as it was trained on them

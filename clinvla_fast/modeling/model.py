@@ -261,6 +261,11 @@ class ClinVLA(nn.Module, Encoding, PyTorchModelHubMixin, library_name="clinvla-f
         images, present = self._seen(batch.images, batch.present)
         return self._mean_cls(self._image_tokens(images, present, None), present)
 
+    def patch_features(self, batch: StudyBatch) -> Tensor:
+        """Patch tokens of the n current frontal views, whole, row by row of patches: [n, patches, width]."""
+        images, present = self._seen(batch.images[:, :1], batch.present[:, :1])
+        return self._image_tokens(images, present, None)[:, 1:]
+
     def text_features(self, batch: StudyBatch) -> Tensor:
         """What the report heads see of a study, CLS alone: [B, width]."""
         packing = Packing.of(batch.lengths, batch.tokens.device)
