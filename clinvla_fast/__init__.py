@@ -18,6 +18,7 @@ _HOME = {
     "StudyBatch": ".study",
     "accelerate": ".twins",
     "embed": ".collection",
+    "explain": ".evaluation.grounding",
     "restore": ".twins",
 }
 _MODULES = ("backend", "ops")
@@ -35,6 +36,7 @@ __all__ = [
     "accelerate",
     "backend",
     "embed",
+    "explain",
     "ops",
     "restore",
 ]

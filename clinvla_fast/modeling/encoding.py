@@ -34,30 +34,45 @@ class Encoding:
             DataError: if a study has no view that the recipe looks at, or a name that is none of VIEWS, or a file
                 cannot be read, or pixels are no uint8 [H, W].
         """
-        size = self.vision.image_size
         parts = []
         for start in range(0, len(studies), batch_size):
-            chunk = studies[start : start + batch_size]
-            images = np.zeros((len(chunk), len(VIEWS), size, size), np.uint8)
-            present = np.zeros((len(chunk), len(VIEWS)), bool)
-            for row, study in enumerate(chunk):
-                if not study or set(study) - set(VIEWS):
-                    known = ", ".join(VIEWS)
-                    raise DataError(f"study {start + row} has views {sorted(study)}: expected one or more of {known}.")
-                if not set(study) & set(self.recipe.views):
-                    seen = ", ".join(self.recipe.views)
-                    raise DataError(f"study {start + row} has views {sorted(study)}: this model looks at {seen} alone.")
-                for view, image in study.items():
-                    column = VIEWS.index(view)
-                    pixels = image if isinstance(image, np.ndarray) else read_radiograph(image, size)
-                    if pixels.dtype != np.uint8 or pixels.ndim != 2 or not pixels.size:
-                        got = f"{pixels.dtype} {list(pixels.shape)}"
-                        raise DataError(f"study {start + row}: {view} is {got}: expected pixels, uint8 [H, W].")
-                    images[row, column] = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
-                    present[row, column] = True
-            moved = (torch.from_numpy(x).to(self.device) for x in (images, present))
-            parts.append(normalize(self.embed_images(*moved)[0], dim=-1))
+            images = self.read_images(studies[start : start + batch_size], start)
+            parts.append(normalize(self.embed_images(*images)[0], dim=-1))
         return torch.cat(parts) if parts else torch.empty(0, self.width, device=self.device)
+
+    def read_images(
+        self, studies: Sequence[Mapping[str, str | Path | np.ndarray]], first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Studies as the image tower takes them.
+
+        Args: as `encode_images`; first: the number of the first study, for errors.
+
+        Returns:
+            uint8 [len(studies), 4, image_size, image_size] and bool [len(studies), 4] on the model's device.
+
+        Raises:
+            DataError: as `encode_images`.
+        """
+        size = self.vision.image_size
+        images = np.zeros((len(studies), len(VIEWS), size, size), np.uint8)
+        present = np.zeros((len(studies), len(VIEWS)), bool)
+        for row, study in enumerate(studies):
+            number = first + row
+            if not study or set(study) - set(VIEWS):
+                known = ", ".join(VIEWS)
+                raise DataError(f"study {number} has views {sorted(study)}: expected one or more of {known}.")
+            if not set(study) & set(self.recipe.views):
+                seen = ", ".join(self.recipe.views)
+                raise DataError(f"study {number} has views {sorted(study)}: this model looks at {seen} alone.")
+            for view, image in study.items():
+                column = VIEWS.index(view)
+                pixels = image if isinstance(image, np.ndarray) else read_radiograph(image, size)
+                if pixels.dtype != np.uint8 or pixels.ndim != 2 or not pixels.size:
+                    got = f"{pixels.dtype} {list(pixels.shape)}"
+                    raise DataError(f"study {number}: {view} is {got}: expected pixels, uint8 [H, W].")
+                images[row, column] = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
+                present[row, column] = True
+        return torch.from_numpy(images).to(self.device), torch.from_numpy(present).to(self.device)
 
     @torch.inference_mode()
     def encode_reports(self, reports: Sequence[str], batch_size: int = 64) -> Tensor:
