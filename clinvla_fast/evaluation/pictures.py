@@ -22,30 +22,28 @@ def film(pixels: np.ndarray, side: int = _SIDE) -> str:
     return _jpeg(image)
 
 
-def heated(pixels: np.ndarray, heat: np.ndarray, boxes: Sequence[Box] = ()) -> str:
-    """A film under a map, as a data URI: dark and violet where it is low, yellow where it is high, a cross where it is
-    highest, and boxes outlined.
+def heated(pixels: np.ndarray, heat: np.ndarray, scale: tuple[float, float], boxes: Sequence[Box] = ()) -> str:
+    """A film under a map, as a data URI: violet where it is low, yellow where it is high, a cross where it is highest,
+    and boxes outlined.
 
     Args:
         pixels: uint8 [H, W].
-        heat: [rows, columns] over the whole film.
+        heat: float32 [rows, columns] over the whole film; upsampled bilinearly.
+        scale: the lowest and highest value of the colours.
     """
     height, width = (round(_SIDE * side / max(pixels.shape)) for side in pixels.shape)
-    low, high = float(heat.min()), float(heat.max())
-    share = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
-    smooth = Image.fromarray(np.uint8(255 * share)).resize((width, height), Image.Resampling.BICUBIC)
-    colours = matplotlib.colormaps["inferno"](np.asarray(smooth))[..., :3] * 255
+    fine = np.asarray(Image.fromarray(heat).resize((width, height), Image.Resampling.BILINEAR))
+    share = np.clip((fine - scale[0]) / max(scale[1] - scale[0], 1e-12), 0, 1)[..., None]
+    colours = matplotlib.colormaps["inferno"](share[..., 0])[..., :3] * 255
     grey = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))[..., None]
-    strength = _OPAQUE * np.asarray(smooth)[..., None] / 255
-    image = Image.fromarray(np.uint8((1 - strength) * grey + strength * colours))
+    image = Image.fromarray(np.uint8((1 - _OPAQUE * share) * grey + _OPAQUE * share * colours))
     draw = ImageDraw.Draw(image)
     for left, top, across, down in boxes:
         corners = (left * width, top * height, (left + across) * width - 1, (top + down) * height - 1)
         draw.rectangle([round(x) for x in corners], outline=_BOX, width=2)
-    row, column = np.unravel_index(int(share.argmax()), share.shape)
-    x, y = (column + 0.5) / share.shape[1] * width, (row + 0.5) / share.shape[0] * height
+    y, x = np.unravel_index(int(fine.argmax()), fine.shape)
     for line in ((x - 6, y, x + 6, y), (x, y - 6, x, y + 6)):
-        draw.line(line, fill=_PEAK, width=2)
+        draw.line([int(at) for at in line], fill=_PEAK, width=2)
     return _jpeg(image)
 
 

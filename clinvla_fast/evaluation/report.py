@@ -285,7 +285,8 @@ def _blocks(of: Mapping[str, Result], films: _Films) -> Iterator[dict[str, Any]]
         for name, value in result.shown.items():
             title = _words(name) + of_run
             if examples := _examples(result, value, films):
-                yield {"kind": "pictures", "title": title, "examples": examples}
+                heated = any(_is_map(array) for array in result.arrays.values())
+                yield {"kind": "pictures", "title": title, "examples": examples, "heated": heated}
             elif curves := _roc(value):
                 yield {"kind": "roc", "title": f"ROC curves of {title}", "curves": curves}
                 others[name] = {key: {k: v for k, v in of.items() if k != "roc"} for key, of in value.items()}
@@ -310,13 +311,13 @@ def _gallery(of: Mapping[str, Result], galleries: Mapping[str, list], films: _Fi
     return {way: _in_turns(list(queries.values())) for way, queries in ways.items()}
 
 
-def _in_turns(queries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _in_turns(labelled: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first of each label, then the second of each."""
     turns, seen = [], Counter()
-    for query in queries:
-        turns.append(seen[query["label"]])
-        seen[query["label"]] += 1
-    return [queries[i] for i in sorted(range(len(queries)), key=turns.__getitem__)]
+    for one in labelled:
+        turns.append(seen[one["label"]])
+        seen[one["label"]] += 1
+    return [labelled[i] for i in sorted(range(len(labelled)), key=turns.__getitem__)]
 
 
 def _card(place: int | str, studies: Mapping[int, Study], side: str) -> dict[str, Any]:
@@ -348,10 +349,11 @@ def _alt(view: str, place: int, study: Study) -> str:
 
 
 def _examples(result: Result, value: Any, films: _Films) -> list[dict[str, Any]]:
-    """Examples that name arrays of the result: each with their pictures, and what else is said of it in words.
+    """Examples that name arrays of the result: each with their pictures, and what else is said of it in words; the
+    first of each label first.
 
-    uint8 [height, width] is a picture. float32 [views, rows, columns] is a map over each view of the study at "place";
-    "boxes" are of its "view", or name theirs.
+    uint8 [height, width] or [height, width, 3] is a picture. float32 [views, rows, columns] is a map over each view, in
+    the order of VIEWS, of the study at "place"; "boxes", [left, top, width, height] each, are of its "view".
     """
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         return []
@@ -359,30 +361,41 @@ def _examples(result: Result, value: Any, films: _Films) -> list[dict[str, Any]]
     arrays = [{k: known[v] for k, v in one.items() if isinstance(v, str) and v in known} for one in value]
     if not any(arrays):
         return []
-    studies = films.of(result, {one["place"] for one in value if "place" in one})
+    mapped = [one["place"] for one, named in zip(value, arrays, strict=True) if _is_map(*named.values())]
+    studies = films.of(result, mapped) if mapped else {}
     found = []
     for one, named in zip(value, arrays, strict=True):
-        said = {k: v for k, v in one.items() if k not in named and k not in ("place", "label", "boxes", "view")}
+        place, label = one.get("place", one.get("study")), one.get("label")
         shown = []
         for name, array in named.items():
-            if array.dtype == np.uint8:
-                shown.append({"picture": pictures.film(array), "alt": f"{_words(name)}, study {one['place']}"})
-                shown[-1]["caption"] = _words(name)
-            elif study := studies.get(one["place"]):
-                shown += _maps(study, one, array)
-        title = f"{one['label']}, study {one['place']}" if one.get("label") else f"study {one.get('place')}"
-        words = ", ".join(f"{_words(k)}: {_figure(v)}" for k, v in said.items() if not isinstance(v, dict))
-        found.append({"title": title, "pictures": shown, "words": words})
-    return found
+            if not _is_map(array):
+                alt = f"{_words(name)}, {_of_study(label, place)}"
+                shown.append({"picture": pictures.film(array), "alt": alt, "caption": _words(name)})
+            elif place in studies:
+                shown += _maps(studies[place], one, array)
+        known_keys = (*named, "place", "study", "label", "boxes")
+        words = ", ".join(f"{_words(key)}: {_figure(x)}" for key, x in one.items() if key not in known_keys)
+        found.append({"title": _of_study(label, place), "label": label, "pictures": shown, "words": words})
+    return _in_turns(found)
+
+
+def _is_map(*arrays: np.ndarray) -> bool:
+    return any(array.dtype == np.float32 and array.ndim == 3 for array in arrays)
+
+
+def _of_study(label: str | None, place: int | None) -> str:
+    return ", ".join(filter(None, (label, None if place is None else f"study {place}")))
 
 
 def _maps(study: Study, example: Mapping[str, Any], heat: np.ndarray) -> Iterator[dict[str, Any]]:
-    """A map over each view that it is of, the boxes of what it should point at outlined."""
+    """A map over the current views and the one that has boxes, which are outlined."""
+    scale = float(np.nanmin(heat)), float(np.nanmax(heat))
     for view, of_view in zip(VIEWS, heat, strict=False):
-        if view in study.images and not np.isnan(of_view).any():
-            boxes = [box[-4:] for box in example.get("boxes", ()) if example.get("view", view) == view]
-            alt = f"{_alt(view, example['place'], study)}, under a map of {example.get('label', 'attention')}"
-            yield {"picture": pictures.heated(study.images[view], of_view, boxes), "alt": alt, "caption": _words(view)}
+        boxes = example.get("boxes", ()) if example.get("view") == view else ()
+        if view in study.images and not np.isnan(of_view).any() and (boxes or not view.startswith("prior")):
+            alt = f"{_alt(view, example['place'], study)}, under a map of {example.get('label')}"
+            picture = pictures.heated(study.images[view], of_view, scale, boxes)
+            yield {"picture": picture, "alt": alt + (", outlined" if boxes else ""), "caption": _words(view)}
 
 
 def _roc(value: Any) -> dict[str, str]:

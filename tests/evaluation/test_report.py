@@ -203,7 +203,10 @@ def test_pictures(pages):
             films[image["alt"]] = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))), int)
     labels = "edema, <b>nodule</b>"
     assert films[f"frontal view of study 3, {labels}"].shape[:2] == (96, 80)
-    frontal, lateral = (films[f"{v} view of study 3, {labels}, under a map of edema"] for v in ("frontal", "lateral"))
+    frontal, lateral = (
+        films[f"{view} view of study 3, {labels}, under a map of edema{outlined}"]
+        for view, outlined in (("frontal", ""), ("lateral", ", outlined"))
+    )
     assert frontal.shape == lateral.shape == (224, 187, 3)
     outlined = [image[48:130, 19, 2].mean() - image[48:130, 19, 0].mean() for image in (frontal, lateral)]
     assert outlined[1] > 100 > outlined[0]  # the left side of the box, in cyan
