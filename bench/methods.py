@@ -1,11 +1,11 @@
 """The six methods, and ClinVLA without one component at a time (the paper's Table 6), on the same phantoms and seeds.
 
-    python bench/methods.py --out runs/methods                  # about an hour on two cores; goes on where it stopped
+    python bench/methods.py --out runs/methods                  # over an hour on two cores; goes on where it stopped
     python bench/methods.py --out runs/methods --store          # and writes bench/results/
 
 Data and towers are made once; every method then sees the training studies equally often. Runs are processes of their
 own, one thread each, as many at a time as there are cores. Intervals are 95% of Student's t over seeds; those of an
-ablation are of the difference to the whole method, seed by seed.
+ablation are of the difference to the whole method, seed by seed, also on the studies that ask for what is left out.
 """
 
 import argparse
@@ -14,9 +14,19 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
+
+from clinvla_fast.data.phantom import patient_truths
+from clinvla_fast.data.shards import read_manifest, read_studies
+from clinvla_fast.evaluation.result import NotApplicable
+from clinvla_fast.evaluation.subject import Subject
+from clinvla_fast.evaluation.tasks import Options
+from clinvla_fast.evaluation.tasks import task as task_named
+from training.console import load_model
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "bench" / "results" / "cpu-2-cores" / "methods.json"
@@ -41,6 +51,14 @@ SCORES = {
     "image→text R@10": ("image_to_text", "recall@10"),
     "image→image P@5": ("image_to_image", "precision@5"),
 }
+# What an ablation is judged by: a score of a task, over all its rows or those of studies of a kind.
+JUDGED = {
+    "text→image P@5": ("retrieval", "text to image, precision@5", "any"),
+    "text→image R@10": ("retrieval", "text to image, recall@10", "any"),
+    "the same, follow-ups": ("retrieval", "text to image, recall@10", "follow-up"),
+    "the same, seen from the side alone": ("retrieval", "text to image, recall@10", "lateral"),
+    "pointing game": ("grounding", "pointing game", "any"),
+}
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5% quantile of t, by the number of seeds
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -51,14 +69,13 @@ def pretrain(out: Path, *arguments: str) -> dict:
     if not measured.is_file():
         go_on = ["--resume"] if (out / "run.json").is_file() else list(arguments)
         command = [sys.executable, "-m", "training.pretrain", "--out", str(out), "--device", "cpu", *go_on]
-        start = time.monotonic()
         with out.with_suffix(".log").open("a") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ONE_THREAD, stdout=log, stderr=log)
             _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{' '.join(command)} failed: see {out.with_suffix('.log')}")
         summary = json.loads((out / "summary.json").read_text())
-        summary |= {"wall_seconds": time.monotonic() - start, "peak_kib": usage.ru_maxrss}
+        summary |= {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_kib": usage.ru_maxrss}
         measured.write_text(json.dumps(summary, indent=1))
     return json.loads(measured.read_text())
 
@@ -75,13 +92,49 @@ def run_all(out: Path, seeds: int, epochs: int, workers: int) -> dict[str, list[
         running = {}
         for seed in range(seeds):  # so that what is stopped early has every job once
             for name, arguments in jobs.items():
-                folder = out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+                folder = folder_of(out, name, seed)
                 running[name, seed] = pool.submit(pretrain, folder, *given, *arguments, "--seed", str(seed))
         for number, done in enumerate(running.values(), 1):
             done.result()
             print(f"\r{number} of {len(running)} runs", end="", flush=True)
     print()
-    return {name: [running[name, seed].result() for seed in range(seeds)] for name in jobs}
+    found = {name: [running[name, seed].result() for seed in range(seeds)] for name in jobs}
+    kinds = kinds_of(made / "data")
+    for name in ("clinvla", *ABLATIONS):
+        for seed, summary in enumerate(found[name]):
+            summary["judged"] = judged(folder_of(out, name, seed), made / "data", kinds)
+    return found
+
+
+def folder_of(out: Path, name: str, seed: int) -> Path:
+    return out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+
+
+def kinds_of(data: Path) -> dict[str, np.ndarray]:
+    """Which studies of the test split are of a kind, bool [n]: what the report says asks for the prior study, or for
+    the lateral view."""
+    patients, seed = (read_manifest(data)["settings"][name] for name in ("patients", "seed"))
+    truths = {truth.study_id: truth for patient in range(patients) for truth in patient_truths(seed, patient)}
+    studies = [truths[study.study_id] for study in read_studies(data, "test", images=False)]
+    lateral = [bool(study.findings) and study.findings[0].lateral_only for study in studies]
+    follow_up = [study.followup for study in studies]
+    return {"follow-up": np.array(follow_up), "lateral": np.array(lateral)}
+
+
+def judged(run: Path, data: Path, kinds: dict[str, np.ndarray]) -> dict[str, float | None]:
+    """The scores of JUDGED of a finished run; None of those that it cannot have."""
+    subject = Subject(run, load_model(run, "cpu"), data, "test")
+    scores = {}
+    for task in {task for task, _, _ in JUDGED.values()}:
+        with suppress(NotApplicable):
+            scores |= {(task, score.name): score for score in task_named(task)(subject, Options()).scores}
+    found = {}
+    for name, (task, of, kind) in JUDGED.items():
+        score = scores.get((task, of))
+        if score is not None and kind != "any":
+            score = score.taking(np.flatnonzero(kinds[kind][score.units]))
+        found[name] = score and score.value
+    return found
 
 
 def score(summary: dict, name: str) -> float | None:
@@ -115,17 +168,19 @@ def tables(found: dict[str, list[dict]]) -> str:
                 *(shown([score(run, s) for run in runs]) for s in SCORES),
                 f"{params['trainable'] / params['total']:.1%}",
                 f"{flops / 1e9:.3f}",
-                f"{min(run['wall_seconds'] for run in runs):.0f}",
+                f"{min(run['cpu_seconds'] for run in runs):.0f}",
                 f"{max(run['peak_kib'] for run in runs) / 2**20:.2f}",
             ]
         )
-    ablations = [["clinvla", *SCORES], ["---"] * (1 + len(SCORES))]
-    for name in ABLATIONS:
+    ablations = [["clinvla", *JUDGED], ["---"] * (1 + len(JUDGED))]
+    whole = found["clinvla"]
+    ablations.append(["whole", *(shown([run["judged"][name] for run in whole]) for name in JUDGED)])
+    for ablation in ABLATIONS:
         cells = []
-        for s in SCORES:
-            pairs = [(score(run, s), score(whole, s)) for run, whole in zip(found[name], found["clinvla"], strict=True)]
+        for name in JUDGED:
+            pairs = [(run["judged"][name], of["judged"][name]) for run, of in zip(found[ablation], whole, strict=True)]
             cells.append("-" if None in pairs[0] else shown([a - b for a, b in pairs], signed=True))
-        ablations.append([name, *cells])
+        ablations.append([ablation, *cells])
     return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in table) for table in (rows, ablations))
 
 
@@ -133,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--store", action="store_true", help=f"write {STORED.relative_to(ROOT)}")
     settings = parser.parse_args()
