@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .tasks import Options
 
 WAYS = {"image to image": ("image", "image"), "text to image": ("text", "image"), "image to text": ("image", "text")}
-_PRECISION_AT = {"chexpert-8x200": (5, 10, 50), "chexpert-5x200": (5, 10, 100)}  # as the papers have it, by source
+_SETS = "chexpert-8x200"  # queries and candidates are tables of their own
+_PRECISION_AT = {_SETS: (5, 10, 50), "chexpert-5x200": (5, 10, 100)}  # as the papers have it, by source
 _ALL_PRECISION_AT, _RECALL_AT = (5, 10, 50, 100), (1, 5, 10)
 _BLOCK = 2**16  # candidates at a time
 _PAIRS = 2**18  # of queries and candidates that FAISS returns at once
@@ -41,16 +42,13 @@ _TEXTS = 2048  # reports whose words are held at once
 _SHOWN, _SHOWN_FINDINGS = 5, 14  # results of a query, and the commonest findings, in galleries
 
 
-def nearest(
-    queries: np.ndarray, blocks: Iterable[np.ndarray], k: int, without: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best candidates of each query by inner product, the best first; of equal ones the one that came first.
 
     Args:
         queries: [q, D].
         blocks: candidates, [any, D] each, numbered from 0 through all of them.
         k: at least 1; as many are found as there are, where that is fewer.
-        without: int64 [q], a candidate of each query that is left out.
 
     Returns:
         numbers int64 [q, k], and products float64 [q, k] of the vectors in float32.
@@ -58,21 +56,16 @@ def nearest(
     Raises:
         ValueError: if an embedding is not finite: it has no place in an order.
     """
-    queries, wanted = _rows(queries), k + (without is not None)
+    queries = _rows(queries)
     best = _Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     bound, first = np.full(len(queries), -np.inf), 0  # what a candidate needs to be among a query's best
     for block in blocks:
         rows = _rows(block)
-        found = [f._replace(number=f.number + first) for f in _of_block(queries, rows, bound, wanted)]
-        best, first = _Pairs.joined([best, *found]).cut(wanted), first + len(rows)
-        if first >= wanted:
-            bound = best.score.reshape(len(queries), wanted)[:, -1]
-    number, score = (x.reshape(len(queries), min(wanted, first)) for x in (best.number, best.score))
-    if without is not None:  # the last one goes where that one is not found
-        kept = number != without[:, None]
-        kept[kept.all(1), -1] = False
-        number, score = (x[kept].reshape(len(queries), x.shape[1] - 1) for x in (number, score))
-    return number, score
+        found = [f._replace(number=f.number + first) for f in _of_block(queries, rows, bound, k)]
+        best, first = _Pairs.joined([best, *found]).cut(k), first + len(rows)
+        if first >= k:
+            bound = best.score.reshape(len(queries), k)[:, -1]
+    return best.number.reshape(len(queries), min(k, first)), best.score.reshape(len(queries), min(k, first))
 
 
 class _Pairs(NamedTuple):
@@ -138,11 +131,12 @@ class _Ranking:
     way: a name of WAYS.
     units: int64 [q], the queries' places; patients: int64 [q].
     found: int64 [q, k], places, the best first; similarity: float64 [q, k].
-    candidates: how many each query has.
+    candidates: how many there are.
     own: int64 [q], the query's place where that is a candidate, else -1.
     findings: that queries look for, and finding: int64 [q], which of them each does; -1 for none.
     shows: bool [places, findings]; False of what is no candidate.
-    left_out: whether a query's own study was left out of its candidates.
+    leave_own: leave a query's own study out where findings count. It shows the query's finding whatever the labels
+        are: with labels that mean nothing precision would still be better than chance.
     note: what names of scores end in.
     """
 
@@ -156,36 +150,46 @@ class _Ranking:
     findings: Sequence[str]
     finding: np.ndarray
     shows: np.ndarray
-    left_out: bool = False
+    leave_own: bool = True
     note: str = ""
 
     @property
-    def right(self) -> np.ndarray:
-        """Of those found, bool [q, k]: shows the query's finding; where no query has one, is the query's own study."""
-        if not self.findings:
-            return self.found == self.own[:, None]
-        return self.shows[self.found, self.finding[:, None]] & (self.finding >= 0)[:, None]
+    def _left(self) -> np.ndarray:
+        """Of which queries a candidate is left out: bool [q]."""
+        return (self.own >= 0) & self.leave_own
+
+    def others(self) -> tuple[np.ndarray, np.ndarray]:
+        """Places and similarities of those found, without what is left out, and as many of each query."""
+        if not self._left.any():
+            return self.found, self.similarity
+        kept = (self.found != self.own[:, None]) | ~self._left[:, None]
+        kept[kept.all(1), -1] = False
+        return tuple(x[kept].reshape(len(x), x.shape[1] - 1) for x in (self.found, self.similarity))
 
     def precision(self, k: int) -> Score | None:
         """The share of the k best that show the query's finding, of queries that have one; None where none has."""
         rows = np.flatnonzero(self.finding >= 0)
-        if not len(rows) or not self.candidates:
+        finding, left = self.finding[rows], self._left[rows]
+        if not len(rows) or self.candidates <= left.any():
             return None
-        chance = (self.shows.sum(0)[self.finding[rows]] - self.left_out).mean() / self.candidates
-        return self._score(f"precision@{k}", self.right[rows, :k].mean(1), rows, chance)
+        chance = ((self.shows.sum(0)[finding] - left) / (self.candidates - left)).mean()
+        right = self.shows[self.others()[0][rows, :k], finding[:, None]]
+        return self._score(f"precision@{k}", right.mean(1), rows, chance)
 
     def recall(self, k: int) -> Score | None:
         """The share of queries whose own study is among the k best, of those that can find it; None where none can."""
         rows = np.flatnonzero(self.own >= 0)
-        if not len(rows) or self.left_out:
+        if not len(rows) or len(set(WAYS[self.way])) == 1:  # an image finds itself
             return None
         hits = (self.found[rows, :k] == self.own[rows, None]).any(1)
         return self._score(f"recall@{k}", hits.astype(float), rows, min(k, self.candidates) / self.candidates)
 
     def scores(self, precision_at: Sequence[int], recall_at: Sequence[int]) -> list[Score]:
         """Those that there are candidates enough for."""
-        asked = [(self.precision, k) for k in precision_at] + [(self.recall, k) for k in recall_at]
-        return [score for figure, k in asked if k <= self.candidates and (score := figure(k))]
+        others = self.candidates - self._left.any()
+        asked = [(self.precision, k) for k in precision_at if k <= others]
+        asked += [(self.recall, k) for k in recall_at if k <= self.candidates]
+        return [score for figure, k in asked if (score := figure(k))]
 
     def _score(self, name: str, value: np.ndarray, rows: np.ndarray, chance: float) -> Score:
         name = f"{self.way}, {name}{self.note}"
@@ -236,18 +240,16 @@ def retrieval_scores(
     Raises:
         ValueError: if an embedding is not finite: it has no place in an order.
     """
-    places = np.arange(len(labels))
-    sides = (x.detach().float().cpu().numpy() for x in (queries, candidates))
+    places, way = np.arange(len(labels)), "text to image" if own else "image to image"
+    asked, wanted = (x.detach().float().cpu().numpy() for x in (queries, candidates))
     names, finding = _looked_for(labels)
-    left_out = None if own else places
-    asked, wanted = sides
-    found = nearest(asked, [wanted], max(precision_at, recall_at), left_out)
-    about = (len(places) - (not own), places, names, finding, _shown_by(labels, names), not own)
-    ranking = _Ranking("", places, places, *found, *about)
-    scores: dict[str, float | None] = {}
+    found = nearest(asked, [wanted], max(precision_at, recall_at) + 1)
+    about = (len(places), places, names, finding, _shown_by(labels, names), not own)
+    ranking = _Ranking(way, places, places, *found, *about)
     figures = {f"precision@{precision_at}": ranking.precision(precision_at)}
     if own:
         figures[f"recall@{recall_at}"] = ranking.recall(recall_at)
+    scores: dict[str, float | None] = {}
     for name, score in figures.items():
         scores |= {name: score and score.value, f"{name}_chance": score and score.chance}
     return scores
@@ -255,7 +257,7 @@ def retrieval_scores(
 
 def evaluate_retrieval(subject: Subject, options: Options) -> Result:
     """Images and reports looked for by images and reports: precision@k by finding and recall@k of a query's own study,
-    each way that the data allow. From image to image a query's own study is no candidate.
+    each way that the data allow. For precision a query's own study is no candidate.
 
     Of CheXpert 8x200 the queries and candidates are those of its tables; of other data, all that have the side in
     question. Reports of the same words are one: which of them has its embedding from which batch must not matter.
@@ -265,8 +267,8 @@ def evaluate_retrieval(subject: Subject, options: Options) -> Result:
 
     Raises:
         NotApplicable: if nothing can be looked for.
-        DataError: if it is to re-rank and the model has no local embeddings, embeddings are not finite, or a number in
-            options is too small.
+        DataError: if it is to re-rank and the model has no local embeddings, embeddings are not finite, a number in
+            options is too small, or no candidate of CheXpert 8x200 is of a query's class.
     """
     rerank, queries = options.rerank, options.queries
     if rerank < 0 or (queries is not None and queries < 1):
@@ -278,7 +280,7 @@ def evaluate_retrieval(subject: Subject, options: Options) -> Result:
     words: dict[str, int] = {}
     first = np.array([words.setdefault(study.report, place) for place, study in enumerate(subject.studies)], np.int64)
     precision_at = _PRECISION_AT.get(subject.manifest["source"], _ALL_PRECISION_AT)
-    depth = max(*precision_at, *_RECALL_AT, rerank)
+    depth = max(*precision_at, *_RECALL_AT, rerank) + 1
     rankings = [r for way in WAYS if (r := _rank(subject, way, first, queries, depth))]
     scores = [score for ranking in rankings for score in ranking.scores(precision_at, _RECALL_AT)]
     if not scores:
@@ -302,7 +304,7 @@ def _places(subject: Subject, way: str) -> tuple[np.ndarray, np.ndarray]:
     asked, wanted = WAYS[way]
     has = {"image": subject.embedded.has_image, "text": subject.embedded.has_text}
     queries, candidates = has[asked], has[wanted]
-    if subject.manifest["source"] == "chexpert-8x200":
+    if subject.manifest["source"] == _SETS:
         ids = [study.study_id for study in subject.studies]
         queries = queries & [name.startswith(f"{asked}-retrieval/query/") for name in ids]
         candidates = candidates & [name.startswith(f"{asked}-retrieval/candidate/") for name in ids]
@@ -320,31 +322,40 @@ def _rank(subject: Subject, way: str, first: np.ndarray, most: int | None, depth
     labels = [study.labels for study in subject.studies]
     numbers = np.full(len(labels), -1)
     numbers[candidates] = np.arange(len(candidates))
-    own = numbers[queries]
-    left_out = asked == wanted and bool((own >= 0).all())
-    if not len(queries) or len(candidates) <= left_out:
+    if not len(queries) or not len(candidates):
         return None
     blocks = (vectors[wanted][candidates[at : at + _BLOCK]] for at in range(0, len(candidates), _BLOCK))
-    found, similarity = nearest(vectors[asked][queries], blocks, depth, own if left_out else None)
+    found, similarity = nearest(vectors[asked][queries], blocks, depth)
     names, finding = _looked_for(labels[place] for place in queries)
     shows = _shown_by(labels, names) & (numbers >= 0)[:, None]
-    about = (len(candidates) - left_out, np.where(own >= 0, queries, -1), names, finding, shows, left_out)
+    empty = [name for name, anywhere in zip(names, shows.any(0), strict=True) if not anywhere]
+    if empty and subject.manifest["source"] == _SETS:
+        raise DataError(f"{way}: no candidate shows {', '.join(empty)}, which queries look for: check the tables.")
+    about = (len(candidates), np.where(numbers[queries] >= 0, queries, -1), names, finding, shows)
     return _Ranking(way, queries, subject.patients[queries], candidates[found], similarity, *about)
 
 
 def _galleries(ranking: _Ranking) -> Iterator[dict[str, Any]]:
-    """Two queries of each finding, neither the best nor the worst, with what they found best."""
-    if ranking.findings:
-        counted = Counter(ranking.finding[ranking.finding >= 0].tolist()).most_common(_SHOWN_FINDINGS)
-        groups = [(ranking.findings[f], np.flatnonzero(ranking.finding == f)) for f, _ in sorted(counted)]
-    else:
-        groups = [(None, np.arange(len(ranking.units)))]
-    right = ranking.right
-    for label, rows in groups:
+    """Two queries of each finding, neither the best nor the worst, with what they found best.
+
+    Without labels: two of all, right where they found their own study; from image to image that cannot be said.
+    """
+    itself = ranking.way == "image to image"
+    found, similarity = ranking.others() if ranking.findings or itself else (ranking.found, ranking.similarity)
+    counted = Counter(ranking.finding[ranking.finding >= 0].tolist()).most_common(_SHOWN_FINDINGS)
+    groups = [(f, np.flatnonzero(ranking.finding == f)) for f, _ in sorted(counted)]
+    for finding, rows in groups or [(None, np.arange(len(ranking.units)))]:
         for row in sorted({int(rows[len(rows) * third // 3]) for third in (1, 2)}):
-            best = zip(ranking.found[row].tolist(), ranking.similarity[row].tolist(), right[row].tolist(), strict=True)
-            results = [{"place": p, "score": s, "right": r} for p, s, r in best][:_SHOWN]
-            yield {"way": ranking.way, "label": label, "query": int(ranking.units[row]), "results": results}
+            best = found[row, :_SHOWN]
+            right = best == ranking.own[row] if finding is None else ranking.shows[best, finding]
+            hits = zip(best.tolist(), similarity[row].tolist(), right.tolist(), strict=False)
+            unknown = finding is None and itself
+            yield {
+                "way": ranking.way,
+                "label": None if finding is None else ranking.findings[finding],
+                "query": int(ranking.units[row]),
+                "results": [{"place": p, "score": s, "right": None if unknown else r} for p, s, r in hits],
+            }
 
 
 def _reranked(subject: Subject, rankings: Sequence[_Ranking], first: np.ndarray, most: int) -> Iterator[_Ranking]:
@@ -413,14 +424,14 @@ def evaluate_collection(
             they may be memory-mapped.
         labels: each study's findings, the primary one first, by its id in the collection or its row in the arrays.
             None: recall alone.
-        way: a name of WAYS. From image to image a query's own study is no candidate, and there is no recall.
+        way: a name of WAYS. From image to image there is no recall.
         queries: at most so many, spread evenly over all; None: all.
         precision_at, recall_at: k; those of more than there are candidates are left out.
         progress: called with (candidates seen, candidates).
 
     Returns:
-        Scores as of `evaluate_retrieval`; their units are rows of what is asked by. Every study counts as a patient of
-        its own: a collection does not say whose they are.
+        Scores as those of `evaluate_retrieval`; their units are rows of what is asked by. Every study counts as a
+        patient of its own: a collection does not say whose they are.
 
     Raises:
         DataError: if there is nothing to ask by or to look for, a label or array is missing, or shapes do not fit.
@@ -451,10 +462,8 @@ def evaluate_collection(
             yield rows
             progress(seen, counts[wanted])
 
-    left_out = asked == wanted
-    depth = max(*precision_at, *recall_at)
-    found = nearest(np.concatenate(vectors), blocks(), depth, own if left_out else None)  # `own` is known at the end
-    about = (counts[wanted] - left_out, own, findings, finding, np.concatenate(shows), left_out)
+    found = nearest(np.concatenate(vectors), blocks(), max(*precision_at, *recall_at) + 1)
+    about = (counts[wanted], own, findings, finding, np.concatenate(shows))  # known once all blocks have gone by
     return _Ranking(way, units, units, *found, *about).scores(precision_at, recall_at)
 
 
