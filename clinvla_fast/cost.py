@@ -53,11 +53,18 @@ def step_flops(model: ClinVLA, views: int, tokens: int, studies: int = 1) -> int
     return counter.get_total_flops()
 
 
-def batch_flops(model: ClinVLA, views: int, tokens: int, studies: int) -> int:
-    """Of a training step of a whole batch: so much a study, and so much a pair of an image and a report."""
+def study_and_pair_flops(model: ClinVLA, views: int, tokens: int) -> tuple[int, int]:
+    """What a training step of any number of such studies costs: so much a study, so much a pair of an image and a
+    report."""
     one, two = (step_flops(model, views, tokens, n) for n in (1, 2))
     pair = max(0, two - 2 * one) // 2
-    return studies * (one - pair) + studies**2 * pair
+    return one - pair, pair
+
+
+def batch_flops(model: ClinVLA, views: int, tokens: int, studies: int) -> int:
+    """Of a training step of a whole batch."""
+    study, pair = study_and_pair_flops(model, views, tokens)
+    return studies * study + studies**2 * pair
 
 
 def training_flops(model: ClinVLA) -> Callable[[StudyBatch], Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.table import Table
 
-from clinvla_fast.cost import adaptor_cost, saved_bytes
+from clinvla_fast.cost import adaptor_cost, saved_bytes, study_and_pair_flops
 from clinvla_fast.data.features import encode_features
 from clinvla_fast.data.phantom import patient_split, patient_truths, write_report
 from clinvla_fast.data.phantom.dataset import write_phantoms
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _SMALL, _LARGE = 4, 12  # studies in the steps that are measured
 _REPEATS = 3
+_BY_STUDIES = 1, 0  # work: of a study, and of a pair
 _PATIENTS = 40  # phantoms that are drawn to measure with
 
 
@@ -48,7 +49,7 @@ def dry_run(job: "Job", console) -> None:
         data, studies = _data(job, folder)
         vision, text = _towers(job, folder)
         rows: list[tuple[str, str]] = []
-        seconds = 0.0
+        seconds, work = 0.0, _BY_STUDIES
         if job.makes_towers:
             seconds += _tower_time(job, vision, text, data, studies, rows)
         if job.recipe.fusion:
@@ -58,9 +59,10 @@ def dry_run(job: "Job", console) -> None:
             sizes = job.sizes(model)
             stage = Align(model, job.optimization, job.settings.seed, console.print)
             small, large = (_batch(job, data, model, n) for n in (_SMALL, _LARGE))
+            work = study_and_pair_flops(model, 2, round(large.lengths.float().mean().item()))
         job.print_sizes(sizes)
         optimization = job.optimization
-        step, held = _measured(stage, small, large, optimization.batch_size, optimization.chunk)
+        step, held = _measured(stage, small, large, optimization.batch_size, optimization.chunk, work)
         batches = optimization.epochs * (studies // optimization.batch_size)
         if not batches:
             raise DataError(
@@ -116,7 +118,7 @@ def _tower_time(job: "Job", vision: str, text: str, data: Path, studies: int, ro
     trained = model.vision if job.vision is None else None, model.text if job.text is None else None
     stage = Towers(MaskedModeling(*trained, model.tokenizer.mask_token_id), settings, 0).to(job.device)
     small, large = (_batch(job, data, model, n) for n in (_SMALL, _LARGE))
-    step, _ = _measured(stage, small, large, settings.batch_size, None)
+    step, _ = _measured(stage, small, large, settings.batch_size, None, _BY_STUDIES)
     seconds = step * settings.epochs * (studies // settings.batch_size)
     rows.append(("time of making the towers", _time(seconds)))
     return seconds
@@ -142,17 +144,31 @@ def _batch(job: "Job", data: Path, model: ClinVLA, studies: int) -> StudyBatch:
 
 
 def _measured(
-    stage: Stage, small: StudyBatch, large: StudyBatch, batch_size: int, chunk: int | None
+    stage: Stage, small: StudyBatch, large: StudyBatch, batch_size: int, chunk: int | None, work: tuple[float, float]
 ) -> tuple[float, float]:
-    """Seconds and bytes of a step of `batch_size` studies, on the lines through two smaller ones. In chunks, one of
-    them is in memory at a time, and all go forward twice."""
+    """Seconds and bytes of a step of `batch_size` studies, from two smaller ones; bytes are on the line through them.
+    In chunks, one of them is in memory at a time."""
     at_once = min(batch_size, chunk or batch_size)
     stage.train()
     stage.chunk = None
     found = [(len(batch), *_of(stage, batch)) for batch in (small, large)]
-    seconds, held = (_line([(n, x[which]) for n, *x in found], at_once) for which in (0, 1))
-    replay = 4 / 3 if chunk and chunk < batch_size else 1
-    return seconds * batch_size / at_once * replay, held
+    seconds, held = ([(n, x[which]) for n, *x in found] for which in (0, 1))
+    return step_seconds(seconds, batch_size, at_once, *work), _line(held, at_once)
+
+
+def step_seconds(measured: list[tuple[int, float]], batch_size: int, at_once: int, study: float, pair: float) -> float:
+    """Seconds of a step of `batch_size` studies, on the line through two smaller ones by the work that they are.
+
+    Args:
+        measured: studies and seconds of each of the two.
+        at_once: studies in the towers at a time; where these are not all, all go forward twice.
+        study, pair: the work that each study is, and each pair of an image and a report: local alignment's grows with
+            the square of the batch, in chunks too.
+    """
+    points = [(n * study + n**2 * pair, seconds) for n, seconds in measured]
+    replay = 4 / 3 if at_once < batch_size else 1
+    towers = replay * batch_size / at_once * _line(points, at_once * study)
+    return towers + _line(points, batch_size**2 * pair) - _line(points, 0)
 
 
 def _of(stage: Stage, batch: StudyBatch) -> tuple[float, int]:
@@ -173,7 +189,7 @@ def _timed(step: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _line(points: list[tuple[int, float]], at: int) -> float:
+def _line(points: list[tuple[float, float]], at: float) -> float:
     (x0, y0), (x1, y1) = points
     return max(0.0, y0 + (y1 - y0) / (x1 - x0) * (at - x0))
 
