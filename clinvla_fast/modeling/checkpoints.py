@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from timm.layers import LayerNorm, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..recipe import Recipe
 
 Kind = Literal["vision", "text"]
 
@@ -58,10 +59,22 @@ _RENAMES: dict[Kind, tuple[tuple[str, str], ...]] = {
 _PART = re.compile(r"(?<=\.attn\.)[qkv](?=\.)")  # timm has one projection where transformers has three
 _FC_NORM = "fc_norm of a model that was tuned on the mean of its patches: here the norm of every token"
 
+# ALTA's adapters and the embeddings of its views: behind the prefix, their names in a tower with its recipe.
+_ALTA: tuple[tuple[str, str], ...] = (
+    (r"^(?:blocks|encoder\.layer)\.(\d+)\.attn_adapter\.", r"adapts.\1.attention."),
+    (r"^(?:blocks|encoder\.layer)\.(\d+)\.mlp_adapter\.", r"adapts.\1.mlp."),
+    (r"^(adapts\..+)\.D_fc1\.", r"\1.down."),
+    (r"^(adapts\..+)\.D_fc2\.", r"\1.up."),
+    (r"^temporal_embedding$", "time_embedding"),
+    (r"^view_embedding$", "view_embedding"),
+)
+_OF_ALTA = re.compile(r"adapts\.|(time|view)_embedding$")
+
 # What is in no tower, and why. The first that fits.
 _REFUSALS = (
-    (r"(^|\.)(attn|mlp)_adapter\.", "ALTA's adapter: adapters are trained here"),
-    (r"(^|\.)(view_embedding|temporal_embedding|missing_token)$", "ALTA's view embedding: trained here"),
+    (r"(^|\.)(attn|mlp)_adapter\.", "ALTA's adapter: the recipe has none there"),
+    (r"(^|\.)(view|temporal)_embedding$", "ALTA's view embedding: the recipe is another"),
+    (r"(^|\.)missing_token$", "ALTA's patches of a missing view: here its CLS token is learned"),
     (r"(^|\.)(optimizer|optimizer_states|optim|scaler|lr_schedulers?)\.", "optimizer"),
     (r"(^|\.)(cls\.(predictions|seq_relationship)|lm_head)\.", "head of masked words"),
     (r"(^|\.)(decoder|decoder_\w+|mask_token)(\.|$)", "decoder of masked autoencoding"),
@@ -292,6 +305,46 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], kind: Kind) -
         raise DataError(f"no value for {_some(missing)}" + (f" (refused: {_some(why)})" if why else "") + ".")
     module.load_state_dict(state, strict=False)
     return report
+
+
+def alta_adapters(weights: Mapping[str, Tensor], kind: Kind) -> dict[str, tuple[str, Tensor]]:
+    """What a file has of ALTA's adapters and embeddings of views: by our names, each with its own name there.
+
+    Args: as `match_keys`.
+    """
+    found = {}
+    for key, ours in _rename(weights, kind).items():
+        for pattern, replacement in _ALTA:
+            ours = re.sub(pattern, replacement, ours)
+        if _OF_ALTA.match(ours):
+            found[ours] = key, weights[key].squeeze(0) if ours.endswith("embedding") else weights[key]
+    return found
+
+
+@torch.no_grad()
+def take_adapters(tower: nn.Module, recipe: Recipe) -> None:
+    """Start a tower's new adapters from those of ALTA in its file (`found_adapters`), where the recipe has the same:
+    the block then computes what theirs does. `key_report` says which. An adapter is taken whole; one that lacks a value
+    or has one that is not finite or of another shape stays refused, as do those that the recipe has no place for."""
+    found, tower.found_adapters = tower.found_adapters, {}
+    if not found or not {"attention", "mlp"} <= set(recipe.adapters):
+        return
+    parts: dict[str, dict[str, nn.Parameter]] = {}  # of each adapter, or embedding, of ours
+    for name, p in tower.named_parameters():
+        parts.setdefault(re.sub(r"\.(down|up)\.\w+$", "", name), {})[name] = p
+    renamed, refused = dict(tower.key_report.renamed), dict(tower.key_report.refused)
+    for own in parts.values():
+        there = [name for name in own if name in found]
+        taken = {name: _take(name, {"": found[name][1]}, own[name].shape) for name in there}
+        notes = [f"{found[name][0]}: {note}" for name, (value, note) in taken.items() if value is None]
+        if notes or len(there) < len(own):
+            refused |= {found[name][0]: notes[0] if notes else "a part of an adapter" for name in there}
+            continue
+        for name, (value, _) in taken.items():
+            own[name].copy_(value)
+            renamed[found[name][0]] = name
+            del refused[found[name][0]]
+    tower.key_report = replace(tower.key_report, renamed=renamed, refused=refused)
 
 
 def _nothing_fits(weights: Mapping[str, Tensor], kind: Kind) -> DataError:

@@ -6,7 +6,7 @@ from transformers import BertModel
 from ..recipe import Recipe
 from .adapters import InvertibleAdapter, TransformerAdapt, add_adapters
 from .attention import attention
-from .checkpoints import KeyReport
+from .checkpoints import KeyReport, take_adapters
 from .packing import Packing
 
 
@@ -34,9 +34,11 @@ class TextTower(nn.Module):
         self.adapts = nn.ModuleList(TransformerAdapt(bert.config.hidden_size) for _ in bert.encoder.layer)
         self.run_block = text_block  # or its compiled twin
         self.invertible: InvertibleAdapter | None = None
+        self.found_adapters: dict[str, tuple[str, Tensor]] = {}  # in its file: see `alta_adapters`
 
     def add_adapters(self, recipe: Recipe) -> None:
         self.invertible = add_adapters(self.adapts, recipe, self.width)
+        take_adapters(self, recipe)
 
     @property
     def width(self) -> int:

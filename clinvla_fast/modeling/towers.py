@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, PreTrainedTokenizerFast
 
 from ..errors import DataError
-from .checkpoints import bert_options, load_weights, read_weights, vit_options
+from .checkpoints import alta_adapters, bert_options, load_weights, read_weights, vit_options
 from .text import TextTower
 from .vision import VisionTower
 
@@ -92,7 +92,7 @@ def _vision_of_file(file: Path) -> VisionTower:
     said = _beside(file, "config.json").get("pretrained_cfg", {})  # timm's, else transformers'
     said = said or {key.removeprefix("image_"): x for key, x in _beside(file, "preprocessor_config.json").items()}
     tower = VisionTower(vit, *(tuple(said.get(key, pixels[key]))[:channels] for key in ("mean", "std")))
-    tower.key_report = report
+    tower.key_report, tower.found_adapters = report, alta_adapters(weights, "vision")
     return tower
 
 
@@ -148,7 +148,7 @@ def _text_of_file(file: Path) -> tuple[TextTower, PreTrainedTokenizerFast]:
     except DataError as error:
         raise TowerUnavailable(f"text tower {str(file)!r}: {error}") from error
     tower = TextTower(bert.eval())
-    tower.key_report = report
+    tower.key_report, tower.found_adapters = report, alta_adapters(weights, "text")
     return tower, tokenizer
 
 

@@ -8,7 +8,7 @@ from .. import ops
 from ..recipe import Recipe
 from ..study import VIEWS
 from .adapters import InvertibleAdapter, TransformerAdapt, add_adapters
-from .checkpoints import KeyReport
+from .checkpoints import KeyReport, take_adapters
 
 
 def vision_block(block: nn.Module, adapt: TransformerAdapt, x: Tensor) -> Tensor:
@@ -46,6 +46,7 @@ class VisionTower(nn.Module):
         self.adapts = nn.ModuleList(TransformerAdapt(vit.embed_dim) for _ in vit.blocks)
         self.run_block = vision_block  # or its compiled twin
         self.invertible: InvertibleAdapter | None = None
+        self.found_adapters: dict[str, tuple[str, Tensor]] = {}  # in its file: see `alta_adapters`
         self.view_embedding = nn.Parameter(torch.zeros(2, vit.embed_dim))
         self.time_embedding = nn.Parameter(torch.zeros(2, vit.embed_dim))
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
@@ -53,6 +54,7 @@ class VisionTower(nn.Module):
 
     def add_adapters(self, recipe: Recipe) -> None:
         self.invertible = add_adapters(self.adapts, recipe, self.width)
+        take_adapters(self, recipe)
         if recipe.adapter_blocks is not None and min(recipe.adapter_blocks) > 0:
             self.view_embedding.requires_grad_(False)
             self.time_embedding.requires_grad_(False)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import gelu, interpolate, linear
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -30,8 +30,10 @@ from transformers import (
     ViTModel,
 )
 
+from clinvla_fast import ClinVLA, Recipe
 from clinvla_fast.errors import DataError
 from clinvla_fast.modeling.checkpoints import load_weights, match_keys, read_weights
+from clinvla_fast.modeling.packing import Packing
 from clinvla_fast.modeling.towers import TowerUnavailable, load_text, load_vision
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2}
@@ -323,32 +325,111 @@ def test_mrm(beside):
     torch.testing.assert_close(vision.mean, torch.full((3,), 0.4978))
 
 
-def test_alta(beside):
-    """The towers alone: its adapters are named, and left to its recipe."""
+@pytest.fixture
+def alta(beside):
+    """A file in ALTA's layout, its weights, and the two towers that are in it."""
     folder, words = beside
     vit, bert = _vit(), _random(BertForMaskedLM(BertConfig(vocab_size=words, **BERT_SIZE)))
-    adapter = {"D_fc1.weight": torch.ones(32, 128), "D_fc2.bias": torch.ones(128)}
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"D_fc1.weight": (32, 128), "D_fc1.bias": (32,), "D_fc2.weight": (128, 32), "D_fc2.bias": (128,)}
     places = [f"{layer}.{n}." for layer in ("blocks", "bert_encoder.bert.encoder.layer") for n in (0, 1)]
-    adapters = {
-        p + name + k: x for p in places for name in ("attn_adapter.", "mlp_adapter.") for k, x in adapter.items()
-    }
-    views = {"missing_token": torch.ones(1, 16, 128), "view_embedding": torch.ones(1, 2, 128)}
+    shapes = {p + kind + k: x for p in places for kind in ("attn_adapter.", "mlp_adapter.") for k, x in shapes.items()}
+    shapes |= {"view_embedding": (1, 2, 128), "temporal_embedding": (1, 2, 128)}
+    adapters = {key: torch.randn(shape, generator=generator) * 0.1 for key, shape in shapes.items()}
     heads = {
         f"{h}.dense_to_hidden.weight": torch.ones(8, 128)
         for h in ("projection_head", "bert_encoder.cls_projection_head")
     }
     other = heads | {"bert_embed.weight": torch.ones(128, 128), "logit_scale": torch.ones(())}
-    weights = vit.state_dict() | _prefixed("bert_encoder.", bert.state_dict()) | adapters | views | other
+    other |= {"missing_token": torch.ones(1, 16, 128)}
+    weights = vit.state_dict() | _prefixed("bert_encoder.", bert.state_dict()) | adapters | other
     torch.save({"model": weights, "scaler": {"scale": 2.0}}, folder / "ALTA.pth")
-    vision, (text, _) = load_vision(str(folder / "ALTA.pth")), load_text(str(folder / "ALTA.pth"))
+    return str(folder / "ALTA.pth"), weights, vit, bert
+
+
+def test_alta(alta):
+    """The towers alone: its adapters are named, and left to its recipe."""
+    file, weights, vit, bert = alta
+    vision, (text, _) = load_vision(file), load_text(file)
     _same_image(vision, vit.forward_features)
     _same_text(text, bert.bert)
     for report in (vision.key_report, text.key_report):
         _all_accounted(report, weights)
-        assert {report.refused[key] for key in adapters} == {"ALTA's adapter: adapters are trained here"}
-        assert {report.refused[key] for key in views} == {"ALTA's view embedding: trained here"}
+        assert {report.refused[key] for key in weights if "adapter" in key} == {
+            "ALTA's adapter: the recipe has none there"
+        }
+        views = "view_embedding", "temporal_embedding"
+        assert {report.refused[key] for key in views} == {"ALTA's view embedding: the recipe is another"}
         assert "unknown" not in report.refused.values()
     torch.testing.assert_close(vision.std, torch.full((3,), 0.2834))
+
+
+def _alta_adapter(w, name, x):
+    return linear(
+        gelu(linear(x, w[f"{name}.D_fc1.weight"], w[f"{name}.D_fc1.bias"])),
+        w[f"{name}.D_fc2.weight"],
+        w[f"{name}.D_fc2.bias"],
+    )
+
+
+def _alta_image(w, vit, pixels, slot):
+    """Tokens of a film [1, 3, H, W] that is the view and of the time in `slot`, by the weights in ALTA's names."""
+    patches = vit.patch_embed(pixels) + w["pos_embed"][:, 1:]
+    x = torch.cat([w["cls_token"] + w["pos_embed"][:, :1], patches], 1)
+    x = x + w["view_embedding"][:, slot % 2] + w["temporal_embedding"][:, slot // 2]
+    for n, block in enumerate(vit.blocks):
+        a = block.attn(block.norm1(x))
+        x = x + a + _alta_adapter(w, f"blocks.{n}.attn_adapter", a)
+        z = block.norm2(x)
+        x = x + block.mlp(z) + 0.5 * _alta_adapter(w, f"blocks.{n}.mlp_adapter", z)
+    return vit.norm(x)
+
+
+def _alta_text(w, bert, tokens):
+    """Hidden states of a report [1, L]."""
+    x = bert.embeddings(tokens)
+    for n, layer in enumerate(bert.encoder.layer):
+        name = f"bert_encoder.bert.encoder.layer.{n}"
+        a = layer.attention(x)[0]
+        a = a + _alta_adapter(w, f"{name}.attn_adapter", a)
+        x = layer.output(layer.intermediate(a), a) + 0.5 * _alta_adapter(w, f"{name}.mlp_adapter", a)
+    return x
+
+
+@torch.no_grad()
+def test_altas_adapters_go_on_in_its_recipe(alta):
+    file, weights, vit, bert = alta
+    recipe = Recipe(adapters=("attention", "mlp"), bottleneck=32, missing_views=True)
+    model = ClinVLA(file, file, recipe)
+    films = torch.randint(0, 256, (1, 4, 32, 32), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    ours = model.vision(films, torch.ones(1, 4, dtype=torch.bool))
+    for slot in range(4):
+        pixels = ((films[:, slot, None] / 255 - 0.4785) / 0.2834).expand(-1, 3, -1, -1)
+        torch.testing.assert_close(ours[slot], _alta_image(weights, vit, pixels, slot)[0], rtol=0, atol=5e-5)
+    tokens = torch.randint(5, 60, (11,), generator=torch.Generator().manual_seed(9))
+    expected = _alta_text(weights, bert.bert, tokens[None])[0]
+    torch.testing.assert_close(model.text(tokens, Packing.of(torch.tensor([11]), "cpu")), expected, rtol=0, atol=5e-5)
+    for tower in (model.vision, model.text):
+        _all_accounted(tower.key_report, weights)
+    renamed = model.vision.key_report.renamed | model.text.key_report.renamed
+    assert renamed["blocks.1.mlp_adapter.D_fc2.bias"] == "adapts.1.mlp.up.bias"
+    assert renamed["temporal_embedding"] == "time_embedding"
+    assert {key for key in weights if "adapter" in key} < set(renamed)
+
+
+def test_altas_adapters_where_its_recipe_differs(alta):
+    file, weights, *_ = alta
+    narrow = ClinVLA(file, file, Recipe(adapters=("attention", "mlp"), bottleneck=8)).vision.key_report
+    upper = ClinVLA(file, file, Recipe(adapters=("attention", "mlp"), bottleneck=32, adapter_blocks=(1,))).text
+    clinvla = ClinVLA(file, file, Recipe()).vision
+    misfit = "blocks.0.attn_adapter.D_fc1.weight: shape [32, 128], expected [8, 128]"
+    assert {narrow.refused[f"blocks.0.attn_adapter.D_fc{k}.bias"] for k in (1, 2)} == {misfit}  # whole or not at all
+    name = "bert_encoder.bert.encoder.layer.{}.mlp_adapter.D_fc1.bias"
+    assert name.format(1) in upper.key_report.renamed
+    assert upper.key_report.refused[name.format(0)] == "ALTA's adapter: the recipe has none there"
+    assert not clinvla.view_embedding.any() and "view_embedding" in clinvla.key_report.refused
+    for report in (narrow, upper.key_report, clinvla.key_report):
+        _all_accounted(report, weights)
 
 
 def test_open_clip_with_timm_and_transformers(beside):
