@@ -55,6 +55,18 @@ class WordHead(nn.Module):
         return self.transform(x) @ words.mT + self.bias
 
 
+def patch_targets(views: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Every patch's normalised pixels [n, N, patch^2], and the mean and the deviation [n, N, 1] that give them back.
+
+    Args:
+        views: floating [n, H, W], gray levels.
+    """
+    pixels = to_patches(views, patch).flatten(-2).flatten(1, 2)
+    # + 100: the film's noise, a few gray levels, is not worth predicting
+    mean, deviation = pixels.mean(-1, keepdim=True), (pixels.var(-1, keepdim=True) + 100).sqrt()
+    return (pixels - mean) / deviation, mean, deviation
+
+
 def patch_errors(predicted: Tensor, views: Tensor, kept: Tensor, patch: int) -> Tensor:
     """Mean squared errors of masked patches, their pixels normalised a patch: the sum over patches.
 
@@ -63,9 +75,7 @@ def patch_errors(predicted: Tensor, views: Tensor, kept: Tensor, patch: int) -> 
         views: [n, H, W], gray levels.
         kept: int64 [n, k], k < N.
     """
-    target = to_patches(views.to(predicted.dtype), patch).flatten(-2).flatten(1, 2)
-    # + 100: the film's noise, a few gray levels, is not worth predicting
-    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 100).sqrt()
+    target, _, _ = patch_targets(views.to(predicted.dtype), patch)
     errors = (predicted - target).square().mean(-1)
     masked = torch.ones_like(errors).scatter(1, kept, 0.0)
     return (errors * masked).sum()
