@@ -45,6 +45,8 @@ def evaluate_temporal(subject: Subject, told: Training, progress: Progress) -> R
         seen, splits = (tested,), [_rotated(folds_of(tested, told.folds, seed)) for seed in range(seeds)]
     findings = sorted({finding for part in seen for study in _studies(part) for finding, _ in study.progressions})
     target = _targets(tested, findings)
+    if not (_taken(target) > 1).any():
+        raise NotApplicable(f"no finding of {subject.root} has taken two courses: there is nothing to tell apart.")
     predicted = np.empty((seeds, *target.shape), np.int64)
     trainings = [(seed, split) for seed, of_seed in enumerate(splits) for split in of_seed]
     steps = []
@@ -150,6 +152,11 @@ def _targets(part: Part, findings: Sequence[str]) -> np.ndarray:
     return np.array([[number.get(of.get(finding), _UNKNOWN) for finding in findings] for of in courses], np.int64)
 
 
+def _taken(target: np.ndarray) -> np.ndarray:
+    """How many courses each finding has taken."""
+    return np.stack([(target == course).any(0) for course in range(_COURSES)]).sum(0)
+
+
 def _counts(column: np.ndarray) -> dict[str, int]:
     return {course: int((column == number).sum()) for number, course in enumerate(PROGRESSIONS)}
 
@@ -167,11 +174,7 @@ def _scores(tested: Part, findings: Sequence[str], target: np.ndarray, predicted
     Args:
         predicted: int64 [seeds, n, findings].
     """
-    taken = np.stack([(target == course).any(0) for course in range(_COURSES)]).sum(0)
-    if not (taken > 1).any():
-        raise NotApplicable(
-            f"no finding of {tested.subject.root} has taken two courses: there is nothing to tell apart."
-        )
+    taken = _taken(target)
 
     def score(name: str, columns: np.ndarray) -> Score:
         known, of_seeds = target[:, columns] != _UNKNOWN, predicted[:, :, columns]
