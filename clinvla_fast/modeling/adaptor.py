@@ -200,6 +200,9 @@ class AdaptorModel(nn.Module, Encoding):
         vision, text: the encoders.
     """
 
+    aligns = True
+    """Images and reports are in one space: so the loss has it."""
+
     def __init__(self, adaptor: Adaptor, vision: ImageEncoder, text: TextEncoder):
         super().__init__()
         self.adaptor, self.vision, self.text = adaptor, vision, text

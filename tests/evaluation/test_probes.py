@@ -11,10 +11,14 @@ from clinvla_fast import ClinVLA, Recipe
 from clinvla_fast.data.shards import Study, write_shards
 from clinvla_fast.data.tokenizer import train_tokenizer
 from clinvla_fast.evaluation.probes import evaluate_adapter_depth, evaluate_collapse, evaluate_modality_bias
+from clinvla_fast.evaluation.reconstruction import evaluate_reconstruction
 from clinvla_fast.evaluation.result import NotApplicable
 from clinvla_fast.evaluation.subject import Subject
 from clinvla_fast.evaluation.tasks import Options
+from clinvla_fast.evaluation.zero_shot import evaluate_zero_shot
 from clinvla_fast.methods import METHODS
+from clinvla_fast.modeling.adaptor import Adaptor, AdaptorModel
+from clinvla_fast.modeling.encoders import load_image_encoder, load_text_encoder
 from clinvla_fast.modeling.towers import make_tiny_text, make_tiny_vision, save_text, save_vision
 from training.pretrain import main as pretrain
 
@@ -286,3 +290,17 @@ def test_models_and_data_without(films, tiny_towers, tiny_model, tmp_path):
     silent = _write(tmp_path / "data", [replace(study, report="") for study in _studies("test", False)])
     with pytest.raises(NotApplicable, match="image and a report"):
         evaluate_adapter_depth(Subject(Path("run"), tiny_model, silent, "test"), Options())
+
+
+# Adaptor
+
+
+def test_an_adaptor_is_probed_where_it_can_be(films, tiny_towers):
+    encoders = load_image_encoder(str(tiny_towers["vision"])), load_text_encoder(str(tiny_towers["text"]))
+    model = AdaptorModel(Adaptor(128, 128, width=64, heads=2, hidden=64), *encoders)
+    subject = Subject(Path("run"), model, films, "test")
+    for task in (evaluate_collapse, evaluate_modality_bias, evaluate_zero_shot):
+        assert task(subject, Options()).scores
+    for task in (evaluate_adapter_depth, evaluate_reconstruction):
+        with pytest.raises(NotApplicable):
+            task(subject, Options())
