@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 _SIDE = 224  # pixels: of a film's longer side
-_OPAQUE = 0.55  # of a map where it is highest
+_OPAQUE = 0.6  # of a map where it is highest
 _BOX, _PEAK = (0, 255, 255), (255, 255, 255)
 
 Box = Sequence[float]  # left, top, width, height as shares of the image's sides
@@ -23,7 +23,7 @@ def film(pixels: np.ndarray, side: int = _SIDE) -> str:
 
 
 def heated(pixels: np.ndarray, heat: np.ndarray, scale: tuple[float, float], boxes: Sequence[Box] = ()) -> str:
-    """A film under a map, as a data URI: violet where it is low, yellow where it is high, a cross where it is highest,
+    """A film under a map, as a data URI: clear where it is low, yellow where it is high, a cross where it is highest,
     and boxes outlined.
 
     Args:
@@ -36,14 +36,16 @@ def heated(pixels: np.ndarray, heat: np.ndarray, scale: tuple[float, float], box
     share = np.clip((fine - scale[0]) / max(scale[1] - scale[0], 1e-12), 0, 1)[..., None]
     colours = matplotlib.colormaps["inferno"](share[..., 0])[..., :3] * 255
     grey = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))[..., None]
-    image = Image.fromarray(np.uint8((1 - _OPAQUE * share) * grey + _OPAQUE * share * colours))
+    strength = _OPAQUE * share**2  # what is low stays a film
+    image = Image.fromarray(np.uint8((1 - strength) * grey + strength * colours))
     draw = ImageDraw.Draw(image)
     for left, top, across, down in boxes:
         corners = (left * width, top * height, (left + across) * width - 1, (top + down) * height - 1)
         draw.rectangle([round(x) for x in corners], outline=_BOX, width=2)
-    y, x = np.unravel_index(int(fine.argmax()), fine.shape)
+    row, column = np.unravel_index(int(heat.argmax()), heat.shape)
+    x, y = round((column + 0.5) / heat.shape[1] * width), round((row + 0.5) / heat.shape[0] * height)
     for line in ((x - 6, y, x + 6, y), (x, y - 6, x, y + 6)):
-        draw.line([int(at) for at in line], fill=_PEAK, width=2)
+        draw.line(line, fill=_PEAK, width=2)
     return _jpeg(image)
 
 

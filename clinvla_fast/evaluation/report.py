@@ -33,6 +33,7 @@ _HEADLINE: dict[str, tuple[str, ...]] = {
     "retrieval": ("precision@5", "recall@10"),
     "zero-shot": ("macro AUC", "multi-class accuracy"),
     "grounding": (),
+    "reconstruction": ("error added by training",),
     "linear-probe": ("macro AUC",),
     "classification": ("macro AUC",),
     "temporal": (),
@@ -374,7 +375,9 @@ def _examples(result: Result, value: Any, films: _Films) -> list[dict[str, Any]]
             elif place in studies:
                 shown += _maps(studies[place], one, array)
         known_keys = (*named, "place", "study", "label", "boxes")
-        words = ", ".join(f"{_words(key)}: {_figure(x)}" for key, x in one.items() if key not in known_keys)
+        marks = {"yes": "✓ yes", "no": "✗ no", True: "✓ yes", False: "✗ no"}
+        said = {key: marks.get(x, x) if isinstance(x, str | bool) else x for key, x in one.items()}
+        words = ", ".join(f"{_words(key)}: {_figure(x)}" for key, x in said.items() if key not in known_keys)
         found.append({"title": _of_study(label, place), "label": label, "pictures": shown, "words": words})
     return _in_turns(found)
 
@@ -414,6 +417,8 @@ def _tables(shown: Mapping[str, Any], of_run: str) -> Iterator[dict[str, Any]]:
     there = {name: value for name, value in shown.items() if value not in ([], {})}
     plain = [(name, {"": value}) for name, value in there.items() if not _nested(value)]
     flat = [(name, value) for name, value in there.items() if isinstance(value, dict) and _plain(value)]
+    if len(flat) < 2 or len({tuple(value) for _, value in flat}) > 1:  # else the same is said of each
+        flat = []
     yield from (_grid(f"Further{of_run}", rows) for rows in (plain, flat) if rows)
     for name in (name for name in there if name not in dict(plain + flat)):
         title, value = _words(name) + of_run, there[name]
@@ -423,6 +428,8 @@ def _tables(shown: Mapping[str, Any], of_run: str) -> Iterator[dict[str, Any]]:
             yield {"kind": "table", "title": title, "columns": columns, "rows": rows}
         elif isinstance(value, list) and all(isinstance(one, dict) for one in value):
             yield _grid(title, [(str(number), one) for number, one in enumerate(value, start=1)])
+        elif isinstance(value, dict) and _plain(value):
+            yield _grid(title, [(key, {"": one}) for key, one in value.items()])
         elif isinstance(value, dict) and all(isinstance(one, dict) for one in value.values()):
             yield _grid(title, list(value.items()))
         elif isinstance(value, dict):
