@@ -40,6 +40,8 @@ from .tasks import Options
 from .zero_shot import DEFAULT_PROMPTS, named, read_prompts
 
 _SHOWN = 2  # examples of a finding in a view
+_DRAWS, _MEASURED = 32, 4  # mismatched maps of each query, and those whose contrast and precision are measured
+_KEYS = ("label", "view")
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,16 @@ def evaluate_grounding(subject: Subject, options: Options) -> Result:
     The phrase of a finding is the mean of its positive prompts. A row is a finding in a view of a study; several boxes
     count as one region. Maps are upsampled bilinearly to the image's size: their maxima are centres of patches. Scores:
 
-    pointing game: the map's maximum lies in the box (Zhang et al. 2016); by chance as often as the box covers.
-    the same above boxes of other findings: less the share of those boxes in that view that hold this maximum. Boxes
-        are not spread evenly, nor are maxima: 0 is what pointing without knowing the finding gives.
-    the same above phrases of other findings: less how often their maps' maxima lie in this box: 0 is what pointing
+    pointing game: the map's maximum lies in the box (Zhang et al. 2016).
+    the same above other findings' phrases: less how often their maps' maxima lie in this box: 0 is what pointing
         without reading the phrase gives.
     contrast-to-noise ratio: mean inside less mean outside over the root of the sum of their variances (Boecking et al.
         2022, who take its absolute value: here a map that is low in the box counts against it).
     average precision of pixels: those in the box found by the map.
+
+    Chance is what maps of other findings in other studies, drawn by the seed, give in the same boxes (where there is
+    one finding, its maps in other studies): maxima and boxes both lie in the chest, so the share of the view that a
+    box covers, which is shown too, is easy to beat.
 
     Raises:
         NotApplicable: if the model has no local embeddings, or the data no boxes in views that it looks at.
@@ -145,12 +149,15 @@ def evaluate_grounding(subject: Subject, options: Options) -> Result:
         )
     maps, whole = _maps(subject, asked, phrases)
     size = model.vision.image_size
+    own = [list(phrases).index(query.label) for query in asked]
     found = [
-        _measured(maps[row], list(phrases).index(query.label), query.inside(size)) for row, query in enumerate(asked)
+        _measured(maps[row], own[row], asked[row].inside(size), [maps[n][own[n]] for n in others])
+        for row, others in enumerate(_mismatched(asked, options.seed))
     ]
     examples = _examples(asked)
     shown = {
         "map": "mean product of patches and the pieces of the finding's phrases",
+        "covered by boxes": float(np.mean([one.area for one in found])),
         "phrases": {label: list(of) for label, of in phrases.items()},
         "examples": [
             {
@@ -165,7 +172,7 @@ def evaluate_grounding(subject: Subject, options: Options) -> Result:
         ],
     }
     arrays = {asked[row].name: whole[asked[row].name] for row in examples}
-    return Result("grounding", _scores(subject, asked, found, size), {"prompts": path.name}, shown, arrays)
+    return Result("grounding", _scores(subject, asked, found), {"prompts": path.name}, shown, arrays)
 
 
 def _check(model: ClinVLA) -> None:
@@ -265,83 +272,88 @@ def _maps(
     return maps, whole
 
 
-class _Measured(NamedTuple):
-    """Of one query.
+def _mismatched(asked: Sequence[_Query], seed: int) -> list[list[int]]:
+    """For each query others for another finding in the same view of other studies, drawn with replacement; where there
+    is one finding, for that one. None where there is no other."""
+    labels, views = (np.unique([getattr(query, name) for query in asked], return_inverse=True)[1] for name in _KEYS)
+    places, random, found = np.array([query.place for query in asked]), np.random.default_rng(seed), []
+    for row in range(len(asked)):
+        there = (views == views[row]) & (places != places[row])
+        others = np.flatnonzero(there & (labels != labels[row]))
+        others = others if len(others) else np.flatnonzero(there)
+        found.append(random.choice(others, _DRAWS).tolist() if len(others) else [])
+    return found
 
-    hit: whether the map's maximum lies in the box; elsewhere: the share of other phrases' maps of which it does, NaN
-    without others. peak: the maximum's row and column. area: share of the view that the box covers. contrast and
-    precision: NaN where it covers all.
+
+class _Measured(NamedTuple):
+    """Of one query, NaN where a measure has no meaning.
+
+    hit: whether the map's maximum lies in the box; of_others: the share of other phrases' maps of which it does.
+    contrast, precision: NaN where the box covers all. area: the share of the view that it covers. by_chance: hit,
+    contrast and precision of mismatched queries' maps.
     """
 
     hit: bool
-    elsewhere: float
-    peak: tuple[int, int]
-    area: float
+    of_others: float
     contrast: float
     precision: float
+    area: float
+    by_chance: tuple[float, float, float]
 
 
-def _measured(maps: np.ndarray, own: int, inside: np.ndarray) -> _Measured:
-    """Maps float32 [findings, grid, grid] of which number `own` is the query's, against bool [size, size]."""
-    size, grid = inside.shape[0], maps.shape[-1]
-    highest = np.unravel_index(maps.reshape(len(maps), -1).argmax(1), (grid, grid))
-    peaks = [tuple(int((place + 0.5) * size / grid) for place in one) for one in zip(*highest, strict=True)]
-    hits = np.array([inside[peak] for peak in peaks])
-    contrast = precision = np.nan
-    if not inside.all():
-        fine = interpolate(torch.from_numpy(maps[None, own : own + 1]), (size, size), mode="bilinear")
-        mine = fine[0, 0].double().numpy()
-        within, beyond = mine[inside], mine[~inside]
-        noise = np.sqrt(within.var() + beyond.var())
-        contrast = (within.mean() - beyond.mean()) / noise if noise else 0.0
-        precision = average_precision_score(inside.reshape(-1), mine.reshape(-1))
-    elsewhere = np.delete(hits, own).mean() if len(hits) > 1 else np.nan
-    area = float(inside.mean())
-    return _Measured(bool(hits[own]), float(elsewhere), peaks[own], area, float(contrast), float(precision))
+def _measured(maps: np.ndarray, own: int, inside: np.ndarray, others: Sequence[np.ndarray] = ()) -> _Measured:
+    """Maps float32 [findings, grid, grid] of which number `own` is the query's, against bool [size, size]; others:
+    mismatched queries' own maps."""
+    hits = [_points_into(of, inside) for of in maps]
+    of_others = float(np.mean(hits[:own] + hits[own + 1 :])) if len(hits) > 1 else np.nan
+    by_chance = (np.nan,) * 3
+    if others:
+        apart = np.mean([_apart(of, inside) for of in others[:_MEASURED]], 0)
+        by_chance = float(np.mean([_points_into(of, inside) for of in others])), *apart
+    return _Measured(hits[own], of_others, *_apart(maps[own], inside), float(inside.mean()), by_chance)
 
 
-def _scores(subject: Subject, asked: Sequence[_Query], found: Sequence[_Measured], size: int) -> list[Score]:
+def _points_into(coarse: np.ndarray, inside: np.ndarray) -> bool:
+    """Whether the centre of the highest patch [grid, grid] lies in a box, bool [size, size]."""
+    patch = np.unravel_index(coarse.argmax(), coarse.shape)
+    return bool(inside[tuple(int((place + 0.5) * len(inside) / len(coarse)) for place in patch)])
+
+
+def _apart(coarse: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
+    """Contrast-to-noise ratio and average precision of a map [grid, grid] against a box, bool [size, size]."""
+    if inside.all():
+        return np.nan, np.nan
+    fine = interpolate(torch.from_numpy(coarse)[None, None], inside.shape, mode="bilinear")[0, 0].double().numpy()
+    within, beyond = fine[inside], fine[~inside]
+    noise = np.sqrt(within.var() + beyond.var())
+    contrast = float((within.mean() - beyond.mean()) / noise) if noise else 0.0
+    return contrast, float(average_precision_score(inside.reshape(-1), fine.reshape(-1)))
+
+
+def _scores(subject: Subject, asked: Sequence[_Query], found: Sequence[_Measured]) -> list[Score]:
     places = np.array([query.place for query in asked])
     units = np.array([query.number for query in asked])
 
-    def mean(name: str, values: np.ndarray, chance: np.ndarray | float, of: np.ndarray | None = None) -> Score:
+    def mean(name: str, values: np.ndarray, chance: np.ndarray, of: np.ndarray | None = None) -> Score:
         kept = np.flatnonzero(~np.isnan(values) & (True if of is None else of))
-        expected = float(np.broadcast_to(chance, len(values))[kept].mean()) if len(kept) else None
-        patients = subject.patients[places[kept]]
-        return Score(name, "mean", {"value": values[kept]}, units[kept], patients, expected)
+        known = chance[kept][~np.isnan(chance[kept])]
+        expected = float(known.mean()) if len(known) else None
+        return Score(name, "mean", {"value": values[kept]}, units[kept], subject.patients[places[kept]], expected)
 
-    hit, elsewhere, area, contrast, precision = (
-        np.array([getattr(one, name) for one in found], float)
-        for name in ("hit", "elsewhere", "area", "contrast", "precision")
-    )
-    labels, views = (np.array([getattr(query, name) for query in asked]) for name in ("label", "view"))
-    scores = [mean("pointing game", hit, area)]
+    names = ("hit", "of_others", "contrast", "precision")
+    hit, of_others, contrast, precision = (np.array([getattr(one, name) for one in found], float) for name in names)
+    by_chance = np.array([one.by_chance for one in found]).T
+    labels, views = (np.array([getattr(query, name) for query in asked]) for name in _KEYS)
+    scores = [mean("pointing game", hit, by_chance[0])]
     if len(set(views)) > 1:
-        scores += [mean(f"pointing game, {view}", hit, area, views == view) for view in VIEWS if view in views]
+        scores += [mean(f"pointing game, {view}", hit, by_chance[0], views == view) for view in VIEWS if view in views]
     scores += [
-        mean("pointing game above boxes of other findings", hit - _held_by_others(asked, found, size), 0.0),
-        mean("pointing game above phrases of other findings", hit - elsewhere, 0.0),
-        mean("contrast-to-noise ratio", contrast, 0.0),
-        mean("average precision of pixels", precision, area),
+        mean("pointing game above other findings' phrases", hit - of_others, np.zeros(len(asked))),
+        mean("contrast-to-noise ratio", contrast, by_chance[1]),
+        mean("average precision of pixels", precision, by_chance[2]),
     ]
-    scores += [mean(f"{label}: pointing game", hit, area, labels == label) for label in sorted(set(labels))]
+    scores += [mean(f"{label}: pointing game", hit, by_chance[0], labels == label) for label in sorted(set(labels))]
     return [score for score in scores if len(score.units)]
-
-
-def _held_by_others(asked: Sequence[_Query], found: Sequence[_Measured], size: int) -> np.ndarray:
-    """The share of the boxes of other findings in the same view that hold each query's maximum; NaN without any."""
-    covered: dict[str, dict[str, np.ndarray]] = defaultdict(dict)  # by view and label: how many boxes hold a pixel
-    counts: dict[str, dict[str, int]] = defaultdict(dict)
-    for query in asked:
-        sums = covered[query.view].setdefault(query.label, np.zeros((size, size), np.int64))
-        sums += query.inside(size)
-        counts[query.view][query.label] = counts[query.view].get(query.label, 0) + 1
-    shares = []
-    for query, measured in zip(asked, found, strict=True):
-        others = [label for label in covered[query.view] if label != query.label]
-        holding = sum(int(covered[query.view][label][measured.peak]) for label in others)
-        shares.append(holding / sum(counts[query.view][label] for label in others) if others else np.nan)
-    return np.array(shares)
 
 
 def _examples(asked: Sequence[_Query]) -> list[int]:
