@@ -135,9 +135,10 @@ class _Ranking:
     own: int64 [q], the query's place where that is a candidate, else -1.
     findings: that queries look for, and finding: int64 [q], which of them each does; -1 for none.
     shows: bool [places, findings]; False of what is no candidate.
-    leave_own: leave a query's own study out where findings count. It shows the query's finding whatever the labels
-        are: with labels that mean nothing precision would still be better than chance.
     note: what names of scores end in.
+
+    Where findings count a query's own study is left out. It shows the query's finding whatever the labels are: with
+    labels that mean nothing precision would still be better than chance.
     """
 
     way: str
@@ -150,13 +151,12 @@ class _Ranking:
     findings: Sequence[str]
     finding: np.ndarray
     shows: np.ndarray
-    leave_own: bool = True
     note: str = ""
 
     @property
     def _left(self) -> np.ndarray:
         """Of which queries a candidate is left out: bool [q]."""
-        return (self.own >= 0) & self.leave_own
+        return self.own >= 0
 
     def others(self) -> tuple[np.ndarray, np.ndarray]:
         """Places and similarities of those found, without what is left out, and as many of each query."""
@@ -227,15 +227,15 @@ def retrieval_scores(
 ) -> dict[str, float | None]:
     """How well queries find their candidates; query i and candidate i are of the same study i.
 
-    precision@k: the share of the k best candidates that show the query's first finding, averaged over the queries
-    that have one; None where none has. recall@k: the share of queries whose own study is among the k best. Beside
-    each, what a random order would give.
+    precision@k: the share of the k best candidates, the query's own study left out, that show the query's first
+    finding, averaged over the queries that have one; None where none has. recall@k: the share of queries whose own
+    study is among the k best. Beside each, what a random order would give.
 
     Args:
         queries, candidates: L2-normalised embeddings [n, D], n >= 1; taken as float32.
         labels: the findings of each study, the primary one first.
         precision_at, recall_at: k, capped at n.
-        own: False leaves a query's own study out of its candidates, as from image to image, and recall with it.
+        own: False where a query would find itself, as from image to image: there is no recall.
 
     Raises:
         ValueError: if an embedding is not finite: it has no place in an order.
@@ -244,7 +244,7 @@ def retrieval_scores(
     asked, wanted = (x.detach().float().cpu().numpy() for x in (queries, candidates))
     names, finding = _looked_for(labels)
     found = nearest(asked, [wanted], max(precision_at, recall_at) + 1)
-    about = (len(places), places, names, finding, _shown_by(labels, names), not own)
+    about = (len(places), places, names, finding, _shown_by(labels, names))
     ranking = _Ranking(way, places, places, *found, *about)
     figures = {f"precision@{precision_at}": ranking.precision(precision_at)}
     if own:

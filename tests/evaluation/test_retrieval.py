@@ -34,10 +34,10 @@ def _plain(queries, candidates, labels, k_precision, k_recall):
     for i in range(n):
         best = list(np.argsort(-similarity[i], kind="stable"))
         hits.append(i in best[:k_recall])
-        if labels[i]:
-            k = min(k_precision, n)
-            precisions.append(sum(labels[i][0] in labels[j] for j in best[:k]) / k)
-            chances.append(sum(labels[i][0] in found for found in labels) / n)
+        if labels[i] and n > 1:
+            others = [labels[i][0] in labels[j] for j in best if j != i]  # its own study shows it whatever it found
+            precisions.append(np.mean(others[:k_precision]))
+            chances.append(np.mean(others))
     return {
         f"precision@{k_precision}": np.mean(precisions) if precisions else None,
         f"precision@{k_precision}_chance": np.mean(chances) if chances else None,
@@ -70,9 +70,9 @@ def test_perfect_embeddings():
     centres = torch.eye(4, dtype=torch.float64).repeat_interleave(5, 0)
     points = normalize(torch.cat([centres, 0.1 * torch.eye(20, dtype=torch.float64)], 1), dim=-1)
     labels = [(FINDINGS[i // 5],) for i in range(20)]
-    scores = retrieval_scores(points, points, labels, precision_at=5, recall_at=1)
+    scores = retrieval_scores(points, points, labels, precision_at=4, recall_at=1)
     assert scores == pytest.approx(
-        {"precision@5": 1.0, "precision@5_chance": 0.25, "recall@1": 1.0, "recall@1_chance": 0.05}
+        {"precision@4": 1.0, "precision@4_chance": 4 / 19, "recall@1": 1.0, "recall@1_chance": 0.05}
     )
 
 
@@ -83,7 +83,8 @@ def test_only_the_order_of_the_similarities_counts():
     queries = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(8, 2)
     labels = [("edema",)] * 4 + [("nodule",)] * 4
     scores = retrieval_scores(queries, candidates, labels, precision_at=4, recall_at=2)
-    assert scores["precision@4"] == 0.5 and scores["recall@2"] == 0.25
+    # The first four studies find three others of theirs and one more, the last four find all of the others'.
+    assert scores["precision@4"] == 3 / 8 and scores["recall@2"] == 0.25
 
 
 def test_worst_embeddings():
@@ -100,7 +101,7 @@ def test_random_embeddings_score_at_chance():
     scores = retrieval_scores(queries, candidates, labels, precision_at=5, recall_at=10)
     assert scores["recall@10_chance"] == 10 / n
     assert abs(scores["recall@10"] - 10 / n) < 4 * math.sqrt(10 / n / n)
-    assert scores["precision@5_chance"] == pytest.approx(0.25)
+    assert scores["precision@5_chance"] == pytest.approx(99 / 399)
     assert abs(scores["precision@5"] - 0.25) < 4 * math.sqrt(0.25 * 0.75 / (5 * n))
 
 
@@ -114,7 +115,7 @@ def test_without_labels_precision_is_none():
 def test_one_study():
     queries, candidates = _random(1)
     scores = retrieval_scores(queries, candidates, [("edema",)])
-    assert scores == {"precision@5": 1.0, "precision@5_chance": 1.0, "recall@10": 1.0, "recall@10_chance": 1.0}
+    assert scores == {"precision@5": None, "precision@5_chance": None, "recall@10": 1.0, "recall@10_chance": 1.0}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
