@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -31,30 +32,31 @@ from training.console import load_model
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "bench" / "results" / "cpu-2-cores" / "methods.json"
 METHODS = ("clinvla", "alta", "adaptor", "mrm", "gloria", "convirt")
+WHOLE = "whole"
 BESIDE = {  # what tells whether frozen towers, or how much of an image is seen, make a difference between methods
     "clinvla, end to end": ["--unfreeze"],
     "clinvla, every patch": ["--keep", "1"],
 }
 ABLATIONS = {
+    WHOLE: [],
     "no Transformer-Adapt": ["--adapters", "invertible"],
     "no invertible adapter": ["--adapters", "language", "task"],
     "no lateral views": ["--views", "frontal", "prior_frontal"],
     "no prior studies": ["--views", "frontal", "lateral"],
-    "no lateral views, no prior studies": ["--views", "frontal"],
     "no local loss": ["--local-weight", "0"],
     "no global loss": ["--global-weight", "0"],
 }
+# A column is a score of a task, over all its rows or those of studies of a kind.
 SCORES = {
-    "text→image P@5": ("text_to_image", "precision@5"),
-    "text→image R@10": ("text_to_image", "recall@10"),
-    "image→text P@5": ("image_to_text", "precision@5"),
-    "image→text R@10": ("image_to_text", "recall@10"),
-    "image→image P@5": ("image_to_image", "precision@5"),
-}
-# What an ablation is judged by: a score of a task, over all its rows or those of studies of a kind.
-JUDGED = {
     "text→image P@5": ("retrieval", "text to image, precision@5", "any"),
     "text→image R@10": ("retrieval", "text to image, recall@10", "any"),
+    "image→text P@5": ("retrieval", "image to text, precision@5", "any"),
+    "image→text R@10": ("retrieval", "image to text, recall@10", "any"),
+    "image→image P@5": ("retrieval", "image to image, precision@5", "any"),
+}
+JUDGED = {  # what asks for a component
+    "text→image P@5": SCORES["text→image P@5"],
+    "text→image R@10": SCORES["text→image R@10"],
     "the same, follow-ups": ("retrieval", "text to image, recall@10", "follow-up"),
     "the same, seen from the side alone": ("retrieval", "text to image, recall@10", "lateral"),
     "pointing game": ("grounding", "pointing game", "any"),
@@ -69,45 +71,46 @@ def pretrain(out: Path, *arguments: str) -> dict:
     if not measured.is_file():
         go_on = ["--resume"] if (out / "run.json").is_file() else list(arguments)
         command = [sys.executable, "-m", "training.pretrain", "--out", str(out), "--device", "cpu", *go_on]
+        start = time.monotonic()
         with out.with_suffix(".log").open("a") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ONE_THREAD, stdout=log, stderr=log)
             _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{' '.join(command)} failed: see {out.with_suffix('.log')}")
         summary = json.loads((out / "summary.json").read_text())
-        summary |= {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_kib": usage.ru_maxrss}
+        summary |= {"wall_seconds": time.monotonic() - start, "peak_kib": usage.ru_maxrss}
         measured.write_text(json.dumps(summary, indent=1))
     return json.loads(measured.read_text())
 
 
-def run_all(out: Path, seeds: int, epochs: int, workers: int) -> dict[str, list[dict]]:
+def run_all(out: Path, jobs: dict[str, list[str]], seeds: int, epochs: int, workers: int) -> dict[str, list[dict]]:
     """Summaries by what was run, a seed each."""
-    out.mkdir(parents=True, exist_ok=True)
-    made = out / "made"
-    pretrain(made, "--epochs", "1")
-    given = ["--data", str(made / "data"), "--epochs", str(epochs)]
-    given += ["--vision-tower", str(made / "towers" / "vision"), "--text-tower", str(made / "towers" / "text")]
-    jobs = {method: ["--method", method] for method in METHODS} | BESIDE | ABLATIONS
+    given = ["--data", str(out / "made" / "data"), "--epochs", str(epochs)]
+    given += ["--vision-tower", str(out / "made/towers/vision"), "--text-tower", str(out / "made/towers/text")]
     with ThreadPoolExecutor(workers) as pool:
         running = {}
         for seed in range(seeds):  # so that what is stopped early has every job once
             for name, arguments in jobs.items():
-                folder = folder_of(out, name, seed)
+                folder = folder_of(out, name, seed, epochs)
                 running[name, seed] = pool.submit(pretrain, folder, *given, *arguments, "--seed", str(seed))
         for number, done in enumerate(running.values(), 1):
             done.result()
             print(f"\r{number} of {len(running)} runs", end="", flush=True)
     print()
-    found = {name: [running[name, seed].result() for seed in range(seeds)] for name in jobs}
-    kinds = kinds_of(made / "data")
-    for name in ("clinvla", *ABLATIONS):
-        for seed, summary in enumerate(found[name]):
-            summary["judged"] = judged(folder_of(out, name, seed), made / "data", kinds)
-    return found
+    return {name: [running[name, seed].result() for seed in range(seeds)] for name in jobs}
 
 
-def folder_of(out: Path, name: str, seed: int) -> Path:
-    return out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+def folder_of(out: Path, name: str, seed: int, epochs: int) -> Path:
+    return out / f"{name.replace(' ', '-').replace(',', '')}-{epochs}-{seed}"
+
+
+def evaluate_all(out: Path, found: dict[str, list[dict]], epochs: int, columns: dict[str, tuple]) -> None:
+    """Put what the columns ask for into the summaries of runs."""
+    data = out / "made" / "data"
+    kinds = kinds_of(data)
+    for name, summaries in found.items():
+        for seed, summary in enumerate(summaries):
+            summary["scores"] = evaluate(folder_of(out, name, seed, epochs), data, kinds, columns)
 
 
 def kinds_of(data: Path) -> dict[str, np.ndarray]:
@@ -121,25 +124,20 @@ def kinds_of(data: Path) -> dict[str, np.ndarray]:
     return {"follow-up": np.array(follow_up), "lateral": np.array(lateral)}
 
 
-def judged(run: Path, data: Path, kinds: dict[str, np.ndarray]) -> dict[str, float | None]:
-    """The scores of JUDGED of a finished run; None of those that it cannot have."""
+def evaluate(run: Path, data: Path, kinds: dict[str, np.ndarray], columns: dict[str, tuple]) -> dict:
+    """The scores of a finished run by column; None of those that it cannot have."""
     subject = Subject(run, load_model(run, "cpu"), data, "test")
     scores = {}
-    for task in {task for task, _, _ in JUDGED.values()}:
+    for task in {task for task, _, _ in columns.values()}:
         with suppress(NotApplicable):
             scores |= {(task, score.name): score for score in task_named(task)(subject, Options()).scores}
     found = {}
-    for name, (task, of, kind) in JUDGED.items():
+    for column, (task, of, kind) in columns.items():
         score = scores.get((task, of))
         if score is not None and kind != "any":
             score = score.taking(np.flatnonzero(kinds[kind][score.units]))
-        found[name] = score and score.value
+        found[column] = score and score.value
     return found
-
-
-def score(summary: dict, name: str) -> float | None:
-    way, what = SCORES[name]
-    return summary["retrieval"].get(way, {}).get(what)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -155,49 +153,63 @@ def shown(values: list[float | None], signed: bool = False) -> str:
     return f"{mean:+.3f} ± {half:.3f}" if signed else f"{mean:.3f} ± {half:.3f}"
 
 
-def tables(found: dict[str, list[dict]]) -> str:
-    """Both tables as Markdown."""
-    head = ["method", *SCORES, "trainable", "GFLOP a study", "seconds", "GB"]
-    rows = [head, ["---"] * len(head)]
-    for name in (*METHODS, *BESIDE):
-        runs = found[name]
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """As Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def methods_table(found: dict[str, list[dict]]) -> str:
+    rows = []
+    for name, runs in found.items():
         params, flops = runs[0]["params"], runs[0]["flops_per_training_sample"]
         rows.append(
             [
                 name,
-                *(shown([score(run, s) for run in runs]) for s in SCORES),
+                *(shown([run["scores"][column] for run in runs]) for column in SCORES),
                 f"{params['trainable'] / params['total']:.1%}",
                 f"{flops / 1e9:.3f}",
-                f"{min(run['cpu_seconds'] for run in runs):.0f}",
+                f"{min(run['wall_seconds'] for run in runs):.0f}",
                 f"{max(run['peak_kib'] for run in runs) / 2**20:.2f}",
             ]
         )
-    ablations = [["clinvla", *JUDGED], ["---"] * (1 + len(JUDGED))]
-    whole = found["clinvla"]
-    ablations.append(["whole", *(shown([run["judged"][name] for run in whole]) for name in JUDGED)])
-    for ablation in ABLATIONS:
+    return table(["method", *SCORES, "trainable", "GFLOP a study", "seconds", "GB"], rows)
+
+
+def ablations_table(found: dict[str, list[dict]]) -> str:
+    whole = found[WHOLE]
+    rows = [[WHOLE, *(shown([run["scores"][name] for run in whole]) for name in JUDGED)]]
+    for ablation in (name for name in found if name != WHOLE):
         cells = []
         for name in JUDGED:
-            pairs = [(run["judged"][name], of["judged"][name]) for run, of in zip(found[ablation], whole, strict=True)]
+            pairs = [(run["scores"][name], of["scores"][name]) for run, of in zip(found[ablation], whole, strict=True)]
             cells.append("-" if None in pairs[0] else shown([a - b for a, b in pairs], signed=True))
-        ablations.append([ablation, *cells])
-    return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in table) for table in (rows, ablations))
+        rows.append([ablation, *cells])
+    return table(["clinvla", *JUDGED], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=8, help="of the methods")
+    parser.add_argument("--ablation-epochs", type=int, default=24, help="what is left out shows late")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--store", action="store_true", help=f"write {STORED.relative_to(ROOT)}")
     settings = parser.parse_args()
-    found = run_all(settings.out.resolve(), settings.seeds, settings.epochs, settings.workers)
-    print(tables(found))
+    out, seeds = settings.out.resolve(), settings.seeds
+    out.mkdir(parents=True, exist_ok=True)
+    pretrain(out / "made", "--epochs", "1")
+    methods = {method: ["--method", method] for method in METHODS} | BESIDE
+    found = run_all(out, methods, seeds, settings.epochs, settings.workers)
+    ablated = run_all(out, ABLATIONS, seeds, settings.ablation_epochs, settings.workers)
+    evaluate_all(out, found, settings.epochs, SCORES)
+    evaluate_all(out, ablated, settings.ablation_epochs, JUDGED)
+    print(methods_table(found), ablations_table(ablated), sep="\n\n")
     if settings.store:
-        about = {"command": f"python bench/methods.py --seeds {settings.seeds} --epochs {settings.epochs} --store"}
+        told = f"--seeds {seeds} --epochs {settings.epochs} --ablation-epochs {settings.ablation_epochs}"
+        about = {"command": f"python bench/methods.py {told} --store"}
         about["device"] = f"{os.cpu_count()} CPU cores, no GPU; {settings.workers} runs at a time, one thread each"
-        STORED.write_text(json.dumps(about | {"runs": found}, indent=1) + "\n")
+        STORED.write_text(json.dumps(about | {"methods": found, "ablations": ablated}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
