@@ -35,8 +35,8 @@ class Training:
     """How often each is trained, on other studies and in another order; figures are means over these, ± their standard
     deviation. None: 5 of temporal, 3 of the others."""
     epochs: int = 8
-    """At most; training ends when the validation split has not improved for two of them. With few labels epochs are
-    longer."""
+    """At most; training ends when half as many have brought nothing better on the validation split. With few labels an
+    epoch is several."""
     batch_size: int = 32
     """Studies a step."""
     lr: float | None = None

@@ -24,7 +24,6 @@ from .probing import Labelled, Probe, fit_probe
 from .result import Result
 from .subject import Progress, Subject
 
-_PATIENCE = 2  # validations without a better one
 _WARMUP = 0.1
 Encode = Callable[[ClinVLA, StudyBatch], Tensor]
 
@@ -208,7 +207,7 @@ def train(
         fewest_steps: between two validations: of few studies, several epochs.
 
     Returns:
-        validated: the best; steps; skipped: those of them whose loss was not finite, which changed nothing.
+        validated first: before training; validated: the best; steps; skipped: those of them whose loss was not finite, which changed nothing.
 
     Raises:
         DataError: if too many steps in a row are not finite.
@@ -216,7 +215,7 @@ def train(
     found, start = [validate()], [p.detach().clone() for p in weights]
     batches = len(make_loader(None))
     every = math.ceil(fewest_steps / batches)
-    settings = Optimization(epochs=told.epochs * every, warmup=_WARMUP, patience=_PATIENCE)
+    settings = Optimization(epochs=told.epochs * every, warmup=_WARMUP, patience=max(2, told.epochs // 2))
 
     def measure(epoch: int) -> dict[str, float]:
         if epoch % every:
@@ -245,7 +244,12 @@ def train(
         with torch.no_grad():
             for p, was in zip(weights, start, strict=True):
                 p.copy_(was)
-    return {"validated": max(found), "steps": told_of["steps"], "skipped": told_of["skipped"]}
+    return {
+        "validated first": found[0],
+        "validated": max(found),
+        "steps": told_of["steps"],
+        "skipped": told_of["skipped"],
+    }
 
 
 def nth_of(progress: Progress, number: int, trainings: int) -> Progress:
