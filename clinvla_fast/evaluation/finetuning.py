@@ -207,7 +207,8 @@ def train(
         fewest_steps: between two validations: of few studies, several epochs.
 
     Returns:
-        validated first: before training; validated: the best; steps; skipped: those of them whose loss was not finite, which changed nothing.
+        validated first: before training; validated: the best; steps; skipped: those of them whose loss was not finite,
+        which changed nothing.
 
     Raises:
         DataError: if too many steps in a row are not finite.
