@@ -51,16 +51,17 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     draws of the same patients.
 
     Raises:
-        DataError: if a run was not evaluated, results are damaged, two runs were evaluated on different data, or `out`
-            is no .html.
+        DataError: if a run was not evaluated, results are damaged, a run was evaluated on nothing that the first was
+            evaluated on, or `out` is no .html.
         OSError: if `out` cannot be written.
     """
     out = Path(out)
     if out.suffix.lower() != ".html":
         raise DataError(f"{out}: the name of a report ends in .html.")
     compared = [_Evaluated(Path(run), name) for run, name in zip(runs, _names(runs), strict=True)]
-    figures = _figures(compared)
-    page = _page(figures, compared)
+    sections = _sections(compared)
+    figures = _figures(compared, sections)
+    page = _page(figures, compared, sections)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out.with_suffix(".json"), figures)
     with replacing(out) as partial:
@@ -77,7 +78,7 @@ class _Evaluated:
     def __post_init__(self):
         if not self.path.is_dir():
             raise DataError(f"{self.path}: no such folder, expected that of a finished python -m training.pretrain.")
-        self.results = {result.task: result for result in results(self.path)}
+        self.results = results(self.path)
         if not self.results:
             raise DataError(
                 f"{self.path} was not evaluated, expected results in its folder evaluation/: "
@@ -106,7 +107,7 @@ class _Evaluated:
     @cached_property
     def cost(self) -> dict[str, float]:
         """Counted before training, and measured as it was evaluated."""
-        summary, measured = self.read("summary.json"), next(iter(self.results.values())).about.get("encoding", {})
+        summary, measured = self.read("summary.json"), self.results[0].about.get("encoding", {})
         sizes = summary.get("params", {})
         found = {
             "parameters": sizes.get("total"),
@@ -137,27 +138,46 @@ def _names(runs: Sequence[Path]) -> list[str]:
     return names
 
 
-def _of_task(compared: Sequence[_Evaluated], task: str) -> dict[str, Result]:
-    return {one.name: one.results[task] for one in compared if task in one.results}
+def _sections(compared: Sequence[_Evaluated]) -> dict[str, dict[str, Result]]:
+    """By title the results of a task on one split of one data set, of each run that has one.
+
+    Raises:
+        DataError: if a run has nothing in common with the first.
+    """
+    found: dict[tuple[str, str], dict[str, Result]] = {}
+    for one in compared:
+        for result in one.results:
+            found.setdefault((result.task, result.on), {})[one.name] = result
+    first, *others = compared
+    for one in others:
+        if not any(first.name in of and one.name in of for of in found.values()):
+            on = [", ".join(sorted({result.on for result in run.results})) for run in (one, first)]
+            raise DataError(
+                f"{one.name} and {first.name} were evaluated on different data, or by different tasks ({on[0]} and "
+                f"{on[1]}): evaluate both by the same --task, with the same --data and --split, to compare them."
+            )
+    known, times = list(_HEADLINE), Counter(task for task, _ in found)
+    order = sorted(found, key=lambda key: (known.index(key[0]) if key[0] in known else len(known), key))
+    return {task if times[task] == 1 else f"{task}, {on}": found[task, on] for task, on in order}
 
 
-def _figures(compared: Sequence[_Evaluated]) -> dict[str, Any]:
+def _figures(compared: Sequence[_Evaluated], sections: dict[str, dict[str, Result]]) -> dict[str, Any]:
     """All that the JSON file says, which is all figures that the page shows."""
-    known = {task for one in compared for task in one.results}
-    tasks = [*(task for task in _HEADLINE if task in known), *sorted(known - _HEADLINE.keys())]
-    found = {task: _task_figures(task, _of_task(compared, task)) for task in tasks}
+    found = {title: _task_figures(of) for title, of in sections.items()}
     headline = [
-        {"task": task, "score": score["name"]} for task, of in found.items() for score in _telling(task, of["scores"])
+        {"task": title, "score": score["name"]}
+        for title, of in found.items()
+        for score in _telling(next(iter(sections[title].values())).task, of["scores"])
     ]
     return {
         "format": _FORMAT,
         "runs": {
             one.name: {
-                "method": next(iter(one.results.values())).about.get("method"),
+                "method": one.results[0].about.get("method"),
                 "trained_on_manifest_sha256": one.read("run.json").get("manifest_sha256"),
-                "device": next(iter(one.results.values())).about.get("device"),
+                "device": one.results[0].about.get("device"),
                 "cost": one.cost,
-                "versions": next(iter(one.results.values())).about.get("versions", {}),
+                "versions": one.results[0].about.get("versions", {}),
             }
             for one in compared
         },
@@ -171,8 +191,7 @@ def _telling(task: str, scores: list[dict]) -> list[dict]:
     return named or scores[:1]
 
 
-def _task_figures(task: str, of: Mapping[str, Result]) -> dict[str, Any]:
-    _check_same_data(task, of)
+def _task_figures(of: Mapping[str, Result]) -> dict[str, Any]:
     names = list(dict.fromkeys(score.name for result in of.values() for score in result.scores))
     return {
         "data": _data(next(iter(of.values()))),
@@ -182,17 +201,6 @@ def _task_figures(task: str, of: Mapping[str, Result]) -> dict[str, Any]:
         "alarms": {run: alarms for run, result in of.items() if (alarms := result.shown.get("alarms"))},
         "shown": {run: result.shown for run, result in of.items()},
     }
-
-
-def _check_same_data(task: str, of: Mapping[str, Result]) -> None:
-    (first, known), *others = ((run, result.about["data"]) for run, result in of.items())
-    for run, data in others:
-        for key, what in (("split", "split"), ("manifest_sha256", "manifest's SHA-256")):
-            if data[key] != known[key]:
-                raise DataError(
-                    f"{task}: {run} and {first} were evaluated on different data (the {what} is {data[key]} and "
-                    f"{known[key]}): evaluate both with the same --data and --split to compare them."
-                )
 
 
 def _data(result: Result) -> dict[str, Any]:
@@ -454,9 +462,9 @@ def _grid(title: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str
     return {"kind": "table", "title": title, "columns": ["", *(c.replace(".", " ") for c in columns)], "rows": cells}
 
 
-def _page(figures: dict[str, Any], compared: Sequence[_Evaluated]) -> str:
+def _page(figures: dict[str, Any], compared: Sequence[_Evaluated], sections: dict[str, dict[str, Result]]) -> str:
     films, names = _Films(), list(figures["runs"])
-    blocks = {task: list(_blocks(_of_task(compared, task), films)) for task in figures["tasks"]}
+    blocks = {title: list(_blocks(of, films)) for title, of in sections.items()}
     told = {(task, score["name"]): score for task, of in figures["tasks"].items() for score in of["scores"]}
     settings = _side_by_side({one.name: one.settings for one in compared})
     text = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")

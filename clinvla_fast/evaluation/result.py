@@ -48,13 +48,19 @@ class Result:
     about: dict[str, Any] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)
 
+    @property
+    def on(self) -> str:
+        """What it was found on: the name of its folder."""
+        data = self.about["data"]
+        return f"{data['source']}-{data['split']}-{data['manifest_sha256'][:8]}"
+
     def score(self, name: str) -> Score:
         """Raises KeyError where there is none of that name."""
         return {score.name: score for score in self.scores}[name]
 
 
 def write_result(result: Result, run: Path, about: Mapping[str, Any]) -> Path:
-    """Write what a task found into a run's folder, in place of what was there; the JSON file's path.
+    """Write what a task found into a run's folder, in place of what it found there before; the JSON's path.
 
     Args:
         about: the run, the data and the versions; JSON values.
@@ -64,9 +70,9 @@ def write_result(result: Result, run: Path, about: Mapping[str, Any]) -> Path:
     """
     if len({score.name for score in result.scores}) < len(result.scores):
         raise ValueError(f"{result.task}: two scores have one name.")
-    folder = Path(run) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     result.about = dict(about)
+    folder = Path(run) / FOLDER / result.on
+    folder.mkdir(parents=True, exist_ok=True)
     arrays, scores = {f"picture/{name}": x for name, x in result.arrays.items()}, []
     for number, score in enumerate(result.scores):
         result.intervals[score.name] = found = result.intervals.get(score.name) or score.interval()
@@ -95,14 +101,19 @@ def write_result(result: Result, run: Path, about: Mapping[str, Any]) -> Path:
 
 
 def read_result(run: Path, task: str) -> Result:
-    """What a task found in this run.
+    """What a task found in a run, which was evaluated on one split of one data set.
 
     Raises:
-        DataError: if it was not run, or its files are damaged.
+        DataError: if the task was not run, or on several, or its files are damaged.
     """
-    path = Path(run) / FOLDER / f"{task}.json"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Make it with: python -m training.evaluate {run} --task {task}")
+    paths = sorted((Path(run) / FOLDER).glob(f"*/{task}.json"))
+    if len(paths) != 1:
+        there = ", ".join(path.parent.name for path in paths) or "none"
+        raise DataError(f"{run} has {task} of {there}: expected that of one data set, by python -m training.evaluate.")
+    return _read(paths[0])
+
+
+def _read(path: Path) -> Result:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         content = path.with_suffix(".safetensors").read_bytes()
@@ -110,7 +121,7 @@ def read_result(run: Path, task: str) -> Result:
             raise ValueError("the files are of two writes, or of another version")
         arrays = load(content)
         pictures = {name.removeprefix("picture/"): x for name, x in arrays.items() if name.startswith("picture/")}
-        result = Result(task, [], found.pop("settings"), found.pop("shown"), pictures)
+        result = Result(path.stem, [], found.pop("settings"), found.pop("shown"), pictures)
         for number, score in enumerate(found.pop("scores")):
             of = {n.removeprefix(f"score/{number}/"): x for n, x in arrays.items() if n.startswith(f"score/{number}/")}
             rows = {name.removeprefix("row/"): x for name, x in of.items() if name.startswith("row/")}
@@ -124,6 +135,9 @@ def read_result(run: Path, task: str) -> Result:
 
 
 def results(run: Path) -> list[Result]:
-    """All that was found in this run, by the names of tasks."""
-    # Not by *.json: a report may lie there too.
-    return [read_result(run, path.stem) for path in sorted((Path(run) / FOLDER).glob("*.safetensors"))]
+    """All that was found in this run, by the names of data sets and of tasks.
+
+    Raises:
+        DataError: if something is damaged.
+    """
+    return [_read(path) for path in sorted((Path(run) / FOLDER).glob("*/*.json"))]

@@ -22,7 +22,7 @@ from clinvla_fast.evaluation.grounding import (
     word_heatmaps,
 )
 from clinvla_fast.evaluation.result import NotApplicable, Result, read_result, write_result
-from clinvla_fast.evaluation.subject import Subject
+from clinvla_fast.evaluation.subject import Subject, about
 from clinvla_fast.evaluation.tasks import Options
 from clinvla_fast.study import VIEWS
 
@@ -165,7 +165,7 @@ def test_every_box_of_every_view_is_asked_for(result: Result, subject: Subject, 
     labels = {box.label for _, box in asked}
     hits = {label: result.score(f"{label}: pointing game").rows["value"].sum() for label in labels}
     assert sum(hits.values()) == whole.rows["value"].sum()
-    write_result(result, tmp_path, {})
+    write_result(result, tmp_path, about(subject, seconds=0))
     assert read_result(tmp_path, "grounding").shown == result.shown
 
 

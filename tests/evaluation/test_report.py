@@ -16,7 +16,7 @@ from PIL import Image
 from clinvla_fast.data.shards import Study, write_shards
 from clinvla_fast.errors import DataError
 from clinvla_fast.evaluation.report import write_report
-from clinvla_fast.evaluation.result import FOLDER, Result, write_result
+from clinvla_fast.evaluation.result import Result, read_result, write_result
 from clinvla_fast.evaluation.score import Score
 
 STUDIES, BOX = 12, [0.1, 0.2, 0.3, 0.4]
@@ -235,12 +235,22 @@ def test_several_runs_are_compared_by_pairs(pages):
 def test_an_error_that_falls_is_better(data, tmp_path):
     runs = [evaluated(tmp_path / name, data, 0, tasks=("odd",)) for name in "ab"]
     result = Result("odd", [score("error", 0, 0.3, 0.6, lower_is_better=True)])
-    about = json.loads((runs[1] / FOLDER / "odd.json").read_text())
-    write_result(result, runs[1], {key: about[key] for key in ("data", "device", "versions")})
+    write_result(result, runs[1], read_result(runs[1], "odd").about)
     write_report(runs, tmp_path / "out.html")
     (found,) = json.loads((tmp_path / "out.json").read_text())["tasks"]["odd"]["scores"]
     difference = found["runs"]["b"]["difference"]
     assert difference["value"] == pytest.approx(-0.1) and difference["better"] is True
+
+
+def test_several_data_sets(data, tmp_path):
+    """One section each, and runs are compared on what they share."""
+    run, other = (evaluated(tmp_path / name, data, tasks=("odd",)) for name in "ab")
+    evaluated(run, data, split="validate", tasks=("odd",))
+    write_report([run, other], tmp_path / "out.html")
+    tasks = json.loads((tmp_path / "out.json").read_text())["tasks"]
+    assert [list(of["scores"][0]["runs"]) for of in tasks.values()] == [["a", "b"], ["a"]]
+    words = Page((tmp_path / "out.html").read_text(encoding="utf-8")).words
+    assert all(title.startswith("odd, ") and title.split(", ")[1] in words for title in tasks)
 
 
 def test_data_that_are_gone(data, tmp_path):
@@ -263,7 +273,11 @@ def test_refused(data, tmp_path, pages):
         ([run, run], "out.html", "named twice"),
         ([tmp_path / "none"], "out.html", "none: no such folder"),
         ([run, tmp_path / "bare"], "out.html", "bare was not evaluated.*python -m training.evaluate"),
-        ([run, other], "out.html", "other and run were evaluated on different data .the split is validate and test"),
+        (
+            [run, other],
+            "out.html",
+            "other and run were evaluated on different data, .*csv-validate-.* and csv-test-",
+        ),
     ]:
         with pytest.raises(DataError, match=message):
             write_report(runs, tmp_path / out)

@@ -177,6 +177,9 @@ def test_what_cannot_be_compared():
 # On disk
 
 
+ON = {"data": {"source": "nih", "split": "test", "manifest_sha256": "0123abcd" * 8}}
+
+
 @pytest.fixture
 def result():
     random = np.random.default_rng(7)
@@ -192,11 +195,11 @@ def result():
 
 
 def test_a_result_is_read_as_it_was_written(result, tmp_path):
-    path = write_result(result, tmp_path, {"run": "first", "data": {"split": "test"}})
+    path = write_result(result, tmp_path, {"run": "first"} | ON)
     found = read_result(tmp_path, "retrieval")
-    assert path == tmp_path / FOLDER / "retrieval.json"
+    assert path == tmp_path / FOLDER / "nih-test-0123abcd" / "retrieval.json"
     assert (found.task, found.settings, found.shown) == (result.task, result.settings, result.shown)
-    assert found.about["run"] == "first" and found.about["data"] == {"split": "test"}
+    assert found.about["run"] == "first" and found.about["data"] == ON["data"]
     assert found.intervals == result.intervals == {score.name: score.interval() for score in result.scores}
     assert found.intervals["of nothing"] == (None, None, None)
     for name, x in result.arrays.items():
@@ -213,36 +216,48 @@ def test_a_result_is_read_as_it_was_written(result, tmp_path):
 
 def test_results_are_all_that_was_found(result, tmp_path):
     assert results(tmp_path) == []
-    write_result(result, tmp_path, {})
-    write_result(Result("collapse", [_mean([1.0, 2.0])]), tmp_path, {})
+    write_result(result, tmp_path, ON)
+    write_result(Result("collapse", [_mean([1.0, 2.0])]), tmp_path, ON)
     (tmp_path / FOLDER / "report.json").write_text("{}")  # a report's figures lie beside them
     assert [found.task for found in results(tmp_path)] == ["collapse", "retrieval"]
-    write_result(Result("collapse", [_mean([3.0, 4.0])]), tmp_path, {})
+    write_result(Result("collapse", [_mean([3.0, 4.0])]), tmp_path, ON)
     assert read_result(tmp_path, "collapse").scores[0].value == 3.5
 
 
+def test_results_on_other_data_stay(result, tmp_path):
+    """A model is evaluated on many data sets: one does not take another's place."""
+    others = [
+        ON["data"] | change for change in ({}, {"source": "rsna"}, {"split": "validate"}, {"manifest_sha256": "f" * 64})
+    ]
+    for data in others:
+        write_result(result, tmp_path, {"data": data})
+    assert sorted(str(found.about["data"]) for found in results(tmp_path)) == sorted(map(str, others))
+    with pytest.raises(DataError, match=r"retrieval of nih-test-0123abcd, nih-test-ffffffff, nih-validate.*, rsna"):
+        read_result(tmp_path, "retrieval")
+
+
 def test_what_was_not_run(tmp_path):
-    with pytest.raises(DataError, match=r"retrieval\.json: no such file\. Make it with: .* --task retrieval"):
+    with pytest.raises(DataError, match=r"has retrieval of none: expected .* python -m training\.evaluate"):
         read_result(tmp_path, "retrieval")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"format": 1}', "\xff"])
 def test_damaged_figures(result, tmp_path, content):
-    write_result(result, tmp_path, {}).write_bytes(content.encode("latin-1"))
+    write_result(result, tmp_path, ON).write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=r"is damaged .*: evaluate again"):
         read_result(tmp_path, "retrieval")
 
 
 @pytest.mark.parametrize("change", [{"scores": [{}]}, {"scores": 3}, {"settings": None, "format": 0}, {"scores": [[]]}])
 def test_changed_figures(result, tmp_path, change):
-    path = write_result(result, tmp_path, {})
+    path = write_result(result, tmp_path, ON)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DataError, match="is damaged"):
         read_result(tmp_path, "retrieval")
 
 
 def test_damaged_rows(result, tmp_path):
-    path = write_result(result, tmp_path, {}).with_suffix(".safetensors")
+    path = write_result(result, tmp_path, ON).with_suffix(".safetensors")
     whole = path.read_bytes()
     flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
     for content in (b"", whole[:50], whole[:-1], flipped):
@@ -256,10 +271,10 @@ def test_damaged_rows(result, tmp_path):
 
 def test_figures_and_rows_of_two_evaluations(result, tmp_path):
     """As a kill between the two files leaves them."""
-    path = write_result(result, tmp_path, {})
+    path = write_result(result, tmp_path, ON)
     before = path.read_bytes()
     result.scores[0].rows["value"][3] += 1
-    write_result(result, tmp_path, {})
+    write_result(result, tmp_path, ON)
     path.write_bytes(before)
     with pytest.raises(DataError, match="is damaged"):
         read_result(tmp_path, "retrieval")
@@ -267,5 +282,5 @@ def test_figures_and_rows_of_two_evaluations(result, tmp_path):
 
 def test_a_name_is_of_one_figure(tmp_path):
     with pytest.raises(ValueError, match="two scores have one name"):
-        write_result(Result("retrieval", [_mean([1.0]), _mean([2.0])]), tmp_path, {})
+        write_result(Result("retrieval", [_mean([1.0]), _mean([2.0])]), tmp_path, ON)
     assert not (tmp_path / FOLDER).exists()

@@ -121,9 +121,10 @@ def test_all_tasks_then_two_runs_side_by_side(run, finished_run, tmp_path, capsy
         assert gain["value"] == pytest.approx(0) and gain["better"] is None  # it is the same model
     assert list(figures["tasks"]["grounding"]["scores"][0]["runs"]) == ["first"]
     # Of other data nothing can be compared.
+    shutil.rmtree(other / FOLDER)
     evaluate(other, "--data", data, "--task", "collapse", "--split", "validate")
     error = error_of(capsys, run, other, "--task", "none")
-    assert "collapse: other and first were evaluated on different data (the split is validate and test)" in error
+    assert "other and first were evaluated on different data" in error and "--split" in error
 
 
 @pytest.mark.parametrize("source", MINIATURES)
