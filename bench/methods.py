@@ -32,13 +32,17 @@ from training.console import load_model
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "bench" / "results" / "cpu-2-cores" / "methods.json"
 METHODS = ("clinvla", "alta", "adaptor", "mrm", "gloria", "convirt")
-WHOLE = "whole"
 BESIDE = {  # what tells whether frozen towers, or how much of an image is seen, make a difference between methods
     "clinvla, end to end": ["--unfreeze"],
     "clinvla, every patch": ["--keep", "1"],
 }
+LONGER = {  # one seed each: whether the order of methods is one of short training
+    "clinvla": [],
+    "clinvla, half of the patches": ["--keep", "0.5"],
+    "clinvla, every patch": ["--keep", "1"],
+    "gloria": ["--method", "gloria"],
+}
 ABLATIONS = {
-    WHOLE: [],
     "no Transformer-Adapt": ["--adapters", "invertible"],
     "no invertible adapter": ["--adapters", "language", "task"],
     "no lateral views": ["--views", "frontal", "prior_frontal"],
@@ -57,8 +61,8 @@ SCORES = {
 JUDGED = {  # what asks for a component
     "text→image P@5": SCORES["text→image P@5"],
     "text→image R@10": SCORES["text→image R@10"],
-    "the same, follow-ups": ("retrieval", "text to image, recall@10", "follow-up"),
-    "the same, seen from the side alone": ("retrieval", "text to image, recall@10", "lateral"),
+    "R@10, follow-ups": ("retrieval", "text to image, recall@10", "follow-up"),
+    "R@10, seen from the side alone": ("retrieval", "text to image, recall@10", "lateral"),
     "pointing game": ("grounding", "pointing game", "any"),
 }
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5% quantile of t, by the number of seeds
@@ -104,13 +108,13 @@ def folder_of(out: Path, name: str, seed: int, epochs: int) -> Path:
     return out / f"{name.replace(' ', '-').replace(',', '')}-{epochs}-{seed}"
 
 
-def evaluate_all(out: Path, found: dict[str, list[dict]], epochs: int, columns: dict[str, tuple]) -> None:
-    """Put what the columns ask for into the summaries of runs."""
+def evaluate_all(out: Path, found: dict[str, list[dict]], epochs: int) -> None:
+    """Put what the columns of all tables ask for into the summaries of runs."""
     data = out / "made" / "data"
     kinds = kinds_of(data)
     for name, summaries in found.items():
         for seed, summary in enumerate(summaries):
-            summary["scores"] = evaluate(folder_of(out, name, seed, epochs), data, kinds, columns)
+            summary["scores"] = evaluate(folder_of(out, name, seed, epochs), data, kinds)
 
 
 def kinds_of(data: Path) -> dict[str, np.ndarray]:
@@ -124,10 +128,10 @@ def kinds_of(data: Path) -> dict[str, np.ndarray]:
     return {"follow-up": np.array(follow_up), "lateral": np.array(lateral)}
 
 
-def evaluate(run: Path, data: Path, kinds: dict[str, np.ndarray], columns: dict[str, tuple]) -> dict:
+def evaluate(run: Path, data: Path, kinds: dict[str, np.ndarray]) -> dict[str, float | None]:
     """The scores of a finished run by column; None of those that it cannot have."""
     subject = Subject(run, load_model(run, "cpu"), data, "test")
-    scores = {}
+    scores, columns = {}, SCORES | JUDGED
     for task in {task for task, _, _ in columns.values()}:
         with suppress(NotApplicable):
             scores |= {(task, score.name): score for score in task_named(task)(subject, Options()).scores}
@@ -176,15 +180,23 @@ def methods_table(found: dict[str, list[dict]]) -> str:
 
 
 def ablations_table(found: dict[str, list[dict]]) -> str:
-    whole = found[WHOLE]
-    rows = [[WHOLE, *(shown([run["scores"][name] for run in whole]) for name in JUDGED)]]
-    for ablation in (name for name in found if name != WHOLE):
+    whole = found["clinvla"]
+    rows = [["clinvla", *(shown([run["scores"][name] for run in whole]) for name in JUDGED)]]
+    for ablation in ABLATIONS:
         cells = []
         for name in JUDGED:
             pairs = [(run["scores"][name], of["scores"][name]) for run, of in zip(found[ablation], whole, strict=True)]
             cells.append("-" if None in pairs[0] else shown([a - b for a, b in pairs], signed=True))
         rows.append([ablation, *cells])
-    return table(["clinvla", *JUDGED], rows)
+    return table(["", *JUDGED], rows)
+
+
+def long_table(found: dict[str, list[dict]]) -> str:
+    columns = {**SCORES, **JUDGED}
+    values = {name: [runs[0]["scores"][column] for column in columns] for name, runs in found.items()}
+    return table(
+        ["one seed", *columns], [[name, *("-" if x is None else f"{x:.3f}" for x in of)] for name, of in values.items()]
+    )
 
 
 def main() -> None:
@@ -192,24 +204,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8, help="of the methods")
-    parser.add_argument("--ablation-epochs", type=int, default=24, help="what is left out shows late")
+    parser.add_argument("--long-epochs", type=int, default=24, help="of a few of them once more")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--store", action="store_true", help=f"write {STORED.relative_to(ROOT)}")
     settings = parser.parse_args()
     out, seeds = settings.out.resolve(), settings.seeds
     out.mkdir(parents=True, exist_ok=True)
     pretrain(out / "made", "--epochs", "1")
-    methods = {method: ["--method", method] for method in METHODS} | BESIDE
-    found = run_all(out, methods, seeds, settings.epochs, settings.workers)
-    ablated = run_all(out, ABLATIONS, seeds, settings.ablation_epochs, settings.workers)
-    evaluate_all(out, found, settings.epochs, SCORES)
-    evaluate_all(out, ablated, settings.ablation_epochs, JUDGED)
-    print(methods_table(found), ablations_table(ablated), sep="\n\n")
+    jobs = {method: ["--method", method] for method in METHODS} | BESIDE | ABLATIONS
+    found = run_all(out, jobs, seeds, settings.epochs, settings.workers)
+    longer = run_all(out, LONGER, 1, settings.long_epochs, settings.workers)
+    for runs, epochs in ((found, settings.epochs), (longer, settings.long_epochs)):
+        evaluate_all(out, runs, epochs)
+    methods = {name: found[name] for name in (*METHODS, *BESIDE)}
+    print(*(methods_table(methods), ablations_table(found), long_table(longer)), sep="\n\n")
     if settings.store:
-        told = f"--seeds {seeds} --epochs {settings.epochs} --ablation-epochs {settings.ablation_epochs}"
+        told = f"--seeds {seeds} --epochs {settings.epochs} --long-epochs {settings.long_epochs}"
         about = {"command": f"python bench/methods.py {told} --store"}
         about["device"] = f"{os.cpu_count()} CPU cores, no GPU; {settings.workers} runs at a time, one thread each"
-        STORED.write_text(json.dumps(about | {"methods": found, "ablations": ablated}, indent=1) + "\n")
+        STORED.write_text(json.dumps(about | {"runs": found, "longer": longer}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

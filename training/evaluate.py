@@ -3,7 +3,6 @@
 With several runs the report has them side by side, with the intervals of their differences.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from rich.table import Table
 
 from clinvla_fast.data.shards import read_manifest
 from clinvla_fast.errors import DataError
-from clinvla_fast.evaluation.report import write_report
+from clinvla_fast.evaluation.report import check_out, names_of, write_report
 from clinvla_fast.evaluation.result import FOLDER, NotApplicable, Result, write_result
-from clinvla_fast.evaluation.subject import Subject, about
+from clinvla_fast.evaluation.subject import Subject, about, read_run_settings
 from clinvla_fast.evaluation.tasks import Options, TaskName, task
 
 from .console import load_model, one_clear_error, progress_bar
@@ -50,9 +49,16 @@ def main(args: list[str] | None = None) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if not told.runs:
         raise DataError("expected the folder of a finished run, or several to compare.")
+    if told.batch_size < 1:
+        raise DataError(f"--batch-size is {told.batch_size}: expected at least 1.")
+    out = told.report or told.runs[0] / FOLDER / "report.html"
+    check_out(out)
+    names_of(told.runs)
+    for run in told.runs:
+        if not run.is_dir():
+            raise DataError(f"{run}: no such folder, expected that of a finished python -m training.pretrain.")
     for run in told.runs:
         evaluate(run, told, console)
-    out = told.report or told.runs[0] / FOLDER / "report.html"
     write_report(told.runs, out)
     console.print(f"Report: {out} (open it in a browser; it needs no network), and the same figures as JSON beside it.")
     if len(told.runs) == 1:
@@ -92,13 +98,10 @@ def trained_on(run: Path) -> Path:
     Raises:
         DataError: if the run does not say, or says it in no JSON, or they are gone.
     """
-    path = run / "run.json"
-    if not path.is_file():
+    settings = read_run_settings(run)
+    if not settings:
         raise DataError(f"{run} holds no run.json: pass --data, a folder written by training.prepare.")
-    try:
-        named = json.loads(path.read_text(encoding="utf-8"))["settings"].get("data")
-    except (ValueError, KeyError):
-        raise DataError(f"{path} is damaged: pass --data, a folder written by training.prepare.") from None
+    named = settings.get("data")
     data = Path(named) if named else run / "data"
     if not data.is_dir():
         raise DataError(f"{run} was trained on data that are no longer there: pass --data.")

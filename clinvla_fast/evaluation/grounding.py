@@ -35,7 +35,7 @@ from ..modeling.model import ClinVLA
 from ..study import VIEWS
 from .result import NotApplicable, Result
 from .score import Score
-from .subject import Subject
+from .subject import Subject, finite
 from .tasks import Options
 from .zero_shot import DEFAULT_PROMPTS, named, read_prompts
 
@@ -148,6 +148,8 @@ def evaluate_grounding(subject: Subject, options: Options) -> Result:
             "at, as rsna or phantoms prepared by this version."
         )
     maps, whole = _maps(subject, asked, phrases)
+    there = [row for row, found in enumerate(maps) if found.size]  # a box may be of a view that is not
+    asked, maps = [asked[row] for row in there], [maps[row] for row in there]
     size = model.vision.image_size
     own = [list(phrases).index(query.label) for query in asked]
     found = [
@@ -263,7 +265,10 @@ def _maps(
             views = _views(model, batch.present[column])
             for row in rows.get(first + column, ()):
                 query = asked[row]
-                all_views = phrase_heatmap(patches[column][mask[column]].float(), phrase, grid).cpu().numpy()
+                if query.view not in views:
+                    continue
+                seen = finite(patches[column][mask[column]].float())
+                all_views = phrase_heatmap(seen, phrase, grid).cpu().numpy()
                 maps[row] = all_views[:, views.index(query.view)]
                 own = np.full((len(VIEWS), grid, grid), np.nan, np.float32)
                 own[[VIEWS.index(view) for view in views]] = all_views[labels.index(query.label)]

@@ -17,7 +17,7 @@ from ..modeling.vision import VisionTower
 from ..objectives import collapse
 from .result import NotApplicable, Result
 from .score import Score
-from .subject import Subject
+from .subject import Subject, finite
 from .tasks import Options
 
 _DRAWN = 100  # mismatched partners of each study
@@ -110,15 +110,17 @@ def _mismatched(groups: Sequence[frozenset], patients: np.ndarray, seed: int) ->
     """For each study with one of another patient in its group: its number, int64 [m], and partners drawn from these
     with replacement, int64 [m, _DRAWN]."""
     random, members = np.random.default_rng(seed), defaultdict(list)
-    for number, group in enumerate(groups):
-        members[group].append(number)
+    for number in np.argsort(patients, kind="stable").tolist():
+        members[groups[number]].append(number)
+    of_group = {group: np.array(numbers) for group, numbers in members.items()}  # a patient's follow each other
+    of_patients = {group: patients[numbers] for group, numbers in of_group.items()}
     rows, drawn = [], []
     for number, group in enumerate(groups):
-        same = np.array(members[group])
-        others = same[patients[same] != patients[number]]
-        if len(others):
+        first, last = np.searchsorted(of_patients[group], [patients[number], patients[number] + 1])
+        if others := len(of_group[group]) - (last - first):
             rows.append(number)
-            drawn.append(others[random.integers(len(others), size=_DRAWN)])
+            places = random.integers(others, size=_DRAWN)
+            drawn.append(of_group[group][places + (last - first) * (places >= first)])
     return np.array(rows, np.int64), np.array(drawn, np.int64).reshape(-1, _DRAWN)
 
 
@@ -230,7 +232,7 @@ def _embedded_without(
                         pooled, _, mask = model.embed_images(batch.images, batch.present)
                     else:
                         pooled, _, mask = model.embed_reports(batch.tokens, batch.lengths)
-                points.append(normalize(pooled.double(), dim=-1).cpu())
+                points.append(finite(normalize(pooled.double(), dim=-1)).cpu())
                 has.append(mask.any(1).cpu().numpy())
         seen += len(batch)
         if seen >= _MOST:

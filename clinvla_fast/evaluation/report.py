@@ -56,9 +56,8 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         OSError: if `out` cannot be written.
     """
     out = Path(out)
-    if out.suffix.lower() != ".html":
-        raise DataError(f"{out}: the name of a report ends in .html.")
-    compared = [_Evaluated(Path(run), name) for run, name in zip(runs, _names(runs), strict=True)]
+    check_out(out)
+    compared = [_Evaluated(Path(run), name) for run, name in zip(runs, names_of(runs), strict=True)]
     sections = _sections(compared)
     figures = _figures(compared, sections)
     page = _page(figures, compared, sections)
@@ -66,6 +65,12 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     write_json(out.with_suffix(".json"), figures)
     with replacing(out) as partial:
         partial.write_text(page, encoding="utf-8")
+
+
+def check_out(out: Path) -> None:
+    """Raises DataError if no report can be written to `out`."""
+    if out.suffix.lower() != ".html":
+        raise DataError(f"{out}: the name of a report ends in .html.")
 
 
 @dataclass
@@ -83,6 +88,15 @@ class _Evaluated:
             raise DataError(
                 f"{self.path} was not evaluated, expected results in its folder evaluation/: "
                 f"run python -m training.evaluate {self.path}"
+            )
+        models: dict[str | None, list[str]] = {}
+        for result in self.results:
+            models.setdefault(result.about.get("model_sha256"), []).append(f"{result.on}/{result.task}")
+        if len(models) > 1:
+            old = ", ".join(names[0] for names in models.values())
+            raise DataError(
+                f"{self.path} was evaluated as different models (see {old}): it was trained again in between. Remove "
+                "the older results in its folder evaluation/, or evaluate those tasks again."
             )
 
     def read(self, name: str) -> dict:
@@ -124,7 +138,7 @@ class _Evaluated:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def _names(runs: Sequence[Path]) -> list[str]:
+def names_of(runs: Sequence[Path]) -> list[str]:
     """What each run is called: its folder's name, with as many folders above it as tell them apart."""
     if not runs:
         raise DataError("expected the folder of an evaluated run, or several to compare.")

@@ -275,8 +275,6 @@ def evaluate_retrieval(subject: Subject, options: Options) -> Result:
         raise DataError(f"--rerank is {rerank} and --queries {queries}: expected at least 0, and at least 1.")
     if rerank and not subject.model.recipe.local_weight:
         raise DataError("--rerank needs local embeddings, and this model's method has no local loss: leave it out.")
-    if not (subject.embedded.image.isfinite().all() and subject.embedded.text.isfinite().all()):
-        raise DataError("the model's embeddings are not finite: train it again, or evaluate another one.")
     words: dict[str, int] = {}
     first = np.array([words.setdefault(study.report, place) for place, study in enumerate(subject.studies)], np.int64)
     precision_at = _PRECISION_AT.get(subject.manifest["source"], _ALL_PRECISION_AT)

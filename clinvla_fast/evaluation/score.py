@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 _DRAWS = 1000
+_FEWEST = 10  # patients with a finding, and without it: the bootstrap of fewer is far too sure
 _ENOUGH = 0.5  # of the draws must give a figure: a class that few patients have is missing in the others
 
 
@@ -114,7 +115,12 @@ class Score:
 
     def interval(self, draws: int = _DRAWS) -> Interval:
         """The figure and the 2.5th and 97.5th percentile of the same over patients drawn with replacement (Efron 1979),
-        always the same draws."""
+        always the same draws. A finding that few patients have, or lack, gets none."""
+        target = self.rows.get("target")
+        if target is not None and target.dtype == bool and target.ndim == 1:
+            sides = (len(np.unique(self.patients[target == side])) for side in (True, False))
+            if min(sides) < _FEWEST:
+                return Interval(self.value, None, None)
         found = [self.of(weights) for weights in _drawn(self.patients, draws)]
         return Interval(self.value, *_percentiles(found))
 

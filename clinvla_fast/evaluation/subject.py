@@ -138,13 +138,13 @@ class Subject:
             parts.append([(x * has[:, None]).cpu() for x, has in zip(sides, flags, strict=True)])
             parts[-1] += [has.cpu() for has in flags]
         image, text, has_image, has_text = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Embedded(image, text, has_image.numpy(), has_text.numpy())
+        return Embedded(finite(image), finite(text), has_image.numpy(), has_text.numpy())
 
     @cached_property
     @torch.inference_mode()
     def features(self) -> Tensor:
         """What the image heads see of each study, before any projection: float32 [n, width] on the CPU."""
-        return torch.cat([self.model.image_features(batch).float().cpu() for batch in self.batches()])
+        return finite(torch.cat([self.model.image_features(batch).float().cpu() for batch in self.batches()]))
 
     @cached_property
     @torch.inference_mode()
@@ -178,6 +178,26 @@ class Subject:
         return joined([found[place] for place in places])
 
 
+def finite(embeddings: Tensor) -> Tensor:
+    """The same. Raises DataError if a number among them is not finite: it would have no place in an order."""
+    if not embeddings.isfinite().all():
+        raise DataError("the model's embeddings are not finite: train it again, or evaluate another one.")
+    return embeddings
+
+
+def read_run_settings(run: Path) -> dict:
+    """The settings of a run's job; empty where there is no run.json.
+
+    Raises:
+        DataError: if it is damaged.
+    """
+    path = Path(run) / "run.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else {}
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path} is damaged: copy the run again, or remove that file.") from None
+
+
 def radiographs(root: Path, split: str, places: Iterable[int]) -> dict[int, Study]:
     """The studies at these places of a split, with pixels as they are stored."""
     wanted = set(places)
@@ -186,10 +206,9 @@ def radiographs(root: Path, split: str, places: Iterable[int]) -> dict[int, Stud
 
 def about(subject: Subject, seconds: float) -> dict:
     """What a result says of where it comes from. The data's hash is of what was read: the same goes in and out."""
-    card = subject.run / "run.json"
     return {
         "run": subject.run.name,
-        "method": json.loads(card.read_text())["settings"].get("method") if card.is_file() else None,
+        "method": read_run_settings(subject.run).get("method"),
         "model_sha256": model_sha256(subject.model),
         "data": {
             "source": subject.manifest["source"],

@@ -132,6 +132,9 @@ def evaluate_zero_shot(subject: Subject, options: Options) -> Result:
     prompts = read_prompts(path)
     split = _Split.of(subject, prompts.leave_out)
     classes, left_out = _classes(split, prompts, subject, options.prompts)
+    if not classes:
+        reasons = ", ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no labels"
+        raise NotApplicable(f"{subject.root} has no finding in {subject.split} to evaluate ({reasons}).")
     positive, negative = _ensembles(subject, [prompts.of(name) for name in classes])
     fitted, thresholds = _validation(subject)
     validate = fitted and _Split.of(fitted, prompts.leave_out)
@@ -245,6 +248,13 @@ def _best(shows: np.ndarray, scored: np.ndarray) -> float | None:
     return float(thresholds[f1[: len(thresholds)].argmax()])
 
 
+def _of_random_order(shows: np.ndarray) -> float:
+    """Average precision to be expected of a random order: of few positives it is well above their share."""
+    n, positive = len(shows), int(shows.sum())
+    harmonic = (1 / np.arange(1, n + 1)).sum()
+    return float(((positive - 1) / (n - 1) * (n - harmonic) + harmonic) / n)
+
+
 def _binary(
     split: _Split, name: str, shows: np.ndarray, scored: np.ndarray, threshold: float | None
 ) -> tuple[list[Score], dict]:
@@ -252,7 +262,7 @@ def _binary(
     ranked = {"target": shows, "scored": scored}
     scores = [
         split.score(f"{name}: AUC", "auc", ranked, 0.5),
-        split.score(f"{name}: average precision", "average precision", ranked, shows.mean()),
+        split.score(f"{name}: average precision", "average precision", ranked, _of_random_order(shows)),
     ]
     wrongly, rightly, _ = roc_curve(shows, scored)
     thinned = np.unique(np.linspace(0, len(wrongly) - 1, _ROC_POINTS).round().astype(int))

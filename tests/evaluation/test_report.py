@@ -253,6 +253,14 @@ def test_several_data_sets(data, tmp_path):
     assert all(title.startswith("odd, ") and title.split(", ")[1] in words for title in tasks)
 
 
+def test_results_of_two_models_are_not_mixed(data, tmp_path):
+    run = evaluated(tmp_path / "run", data, tasks=("odd",))
+    about = read_result(run, "odd").about
+    write_result(Result("collapse", [score("variance", 0)]), run, about | {"model_sha256": "another"})
+    with pytest.raises(DataError, match="evaluated as different models .*collapse, .*odd.*trained again"):
+        write_report([run], tmp_path / "out.html")
+
+
 def test_data_that_are_gone(data, tmp_path):
     moved = shutil.copytree(data, tmp_path / "moved")
     run = evaluated(tmp_path / "run", moved)

@@ -127,7 +127,7 @@ def test_where_evidence_gives_no_interval():
     assert _mean([1.0, 2.0], [5, 5]).interval() == Interval(1.5, None, None)  # one patient
     assert _mean([]).interval() == (None, None, None)
     few = {"target": np.arange(40) == 0, "scored": np.linspace(1, 0, 40)}
-    assert Score("a figure", "auc", few, np.arange(40), np.arange(40)).interval(200).low == 1  # draws that have a class
+    assert Score("a figure", "auc", few, np.arange(40), np.arange(40)).interval(200) == Interval(1.0, None, None)
     pair = {"target": np.array([True, True, False]), "scored": np.array([0.3, 0.9, 0.5])}
     assert Score("a figure", "auc", pair, np.arange(3), np.array([0, 0, 1])).interval(200).value == 0.5
 
@@ -222,6 +222,14 @@ def test_results_are_all_that_was_found(result, tmp_path):
     assert [found.task for found in results(tmp_path)] == ["collapse", "retrieval"]
     write_result(Result("collapse", [_mean([3.0, 4.0])]), tmp_path, ON)
     assert read_result(tmp_path, "collapse").scores[0].value == 3.5
+
+
+@pytest.mark.parametrize(("positives", "known"), [(9, False), (10, True)])
+def test_a_finding_of_few_patients_gets_no_interval(positives, known):
+    random = np.random.default_rng(0)
+    rows = {"target": np.arange(60) < positives, "scored": random.normal(size=60)}
+    value, low, high = Score("AUC", "auc", rows, np.arange(60), np.arange(60)).interval()
+    assert value is not None and (low is not None, high is not None) == (known, known)
 
 
 def test_results_on_other_data_stay(result, tmp_path):

@@ -252,6 +252,19 @@ def test_nothing_to_tell_apart(subject, labels):
         evaluate_zero_shot(_relabelled(subject, [labels] * len(subject.studies)), Options())
 
 
+def test_only_findings_too_rare_to_evaluate(subject):
+    labels = [("zebra",) if number < 8 else () for number in range(len(subject.studies))]
+    with pytest.raises(NotApplicable, match="no finding in train to evaluate .zebra: "):
+        evaluate_zero_shot(_relabelled(subject, labels), Options())
+
+
+def test_a_broken_model_gets_no_figure(finished_run, subject):
+    broken = ClinVLA.from_pretrained(finished_run)
+    torch.nn.init.constant_(broken.image_global[0].weight, torch.nan)
+    with pytest.raises(DataError, match="not finite"):
+        evaluate_zero_shot(Subject(finished_run, broken, subject.root, "train"), Options())
+
+
 def test_a_model_that_aligns_nothing(subject, tiny_towers):
     recipe = replace(subject.model.recipe, global_weight=0.0, local_weight=0.0, image_weight=1.0)
     subject.model = ClinVLA(**tiny_towers, recipe=recipe)

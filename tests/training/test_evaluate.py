@@ -156,10 +156,12 @@ def test_what_cannot_be_evaluated(run, finished_run, tmp_path, capsys):
         ([tmp_path / "none"], "none: no such folder, expected that of a finished python -m training.pretrain"),
         ([tmp_path / "empty"], "empty"),
         ([bare], "holds no run.json: pass --data"),
-        ([broken], "run.json is damaged: pass --data"),
+        ([broken], "run.json is damaged: copy the run again"),
         ([bare, "--data", tmp_path / "empty"], "holds no manifest.json: pass a folder written by"),
         ([bare, "--data", data, "--split", "tests"], "no studies in its 'tests' split: pass --split with one of train"),
         ([bare, "--task", "none"], "bare was not evaluated"),
+        ([run, "--batch-size", "0"], "--batch-size is 0: expected at least 1"),
+        ([run, run], "named twice"),
         ([bare, "--data", data, "--task", "collapse", "--report", tmp_path / "out.pdf"], "ends in .html"),
     ]:
         assert message in error_of(capsys, *arguments)
