@@ -44,8 +44,10 @@ def main(args: list[str] | None = None) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if told.run is None:
         raise DataError("expected the folder of a finished run.")
-    from clinvla_fast.evaluation.report import write_report
+    from clinvla_fast.evaluation.report import check_out, write_report
 
+    out = told.report or told.run / FOLDER / "report.html"
+    check_out(out)
     model = load_model(told.run, told.device)
     root = told.data or trained_on(told.run)
     for name in get_args(TaskName):
@@ -63,7 +65,6 @@ def main(args: list[str] | None = None) -> None:
             continue
         write_result(result, told.run, about(subject, time.monotonic() - start))
         show(result, console)
-    out = told.report or told.run / FOLDER / "report.html"
     write_report((told.run,), out)
     console.print(f"Report: {out} (open it in a browser; it needs no network), and the same figures as JSON beside it.")
 

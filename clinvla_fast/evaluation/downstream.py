@@ -7,8 +7,11 @@ from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from sklearn.model_selection import GroupKFold
+from torch import Tensor
 
+from ..data.loader import StudyLoader
 from ..data.sources.record import hashed_split
 from ..errors import DataError
 from .result import NotApplicable, Result
@@ -50,9 +53,11 @@ class Training:
     trained on others."""
 
     def __post_init__(self):
-        """Raises DataError for a number out of range."""
+        """Raises DataError for a number out of range, or shares of one name."""
         if not self.labels or not all(0 < share <= 1 for share in self.labels):
             raise DataError(f"--labels are {self.labels}: expected shares above 0, at most 1, as 0.01 0.1 1.0.")
+        if len(set(map(percent, self.labels))) < len(self.labels):
+            raise DataError(f"--labels are {self.labels}: expected each share once.")
         for name, least in (("seeds", 1), ("epochs", 1), ("batch_size", 1), ("folds", 3)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise DataError(f"--{name.replace('_', '-')} is {value}: expected at least {least}.")
@@ -102,16 +107,38 @@ def parts(subject: Subject, usable: Callable[[Subject], np.ndarray], what: str) 
             f"{subject.root} has no train split beside {subject.split!r}: expected {what} to learn from."
         )
     validate = None if subject.split == "validate" else subject.on("validate")
-    found = [Part(part, np.flatnonzero(usable(part))) for part in (train, validate or train, subject)]
+    found = [Part(part, np.flatnonzero(usable(part))) for part in (train, validate, subject) if part]
     if validate is None:
-        held = [hashed_split(study.patient_id, (0.9, 0.1)) == "validate" for study in train.studies]
-        found[:2] = (Part(train, found[0].places[np.array(held)[found[0].places] == kept]) for kept in (False, True))
+        # Not as patients are hashed into splits: all of a train split may be of the first tenths.
+        held = [hashed_split(f"held out {study.patient_id}", (0.9, 0.1)) == "validate" for study in train.studies]
+        found[:1] = (Part(train, found[0].places[np.array(held)[found[0].places] == kept]) for kept in (False, True))
     for part, use in zip(found, ("train", "validate", "test"), strict=True):
         if not len(part.places):
             raise NotApplicable(
                 f"{subject.root} has no study to {use} on in its {part.subject.split} split with {what}."
             )
     return tuple(found)
+
+
+def loader_of(part: Part, batch_size: int, **how) -> StudyLoader:
+    """A part's studies as the part's model takes them."""
+    model = part.subject.model
+    return StudyLoader(
+        part.subject.root,
+        part.subject.split,
+        model.tokenizer,
+        image_size=model.vision.image_size,
+        max_tokens=model.max_tokens,
+        batch_size=batch_size,
+        device="gpu" if model.device.type == "cuda" else "cpu",
+        places=part.places,
+        **how,
+    )
+
+
+def views_of(part: Part) -> Tensor:
+    """Which of VIEWS each study has: bool [n, views] on the CPU."""
+    return torch.cat([batch.present.cpu() for batch in loader_of(part, part.subject.batch_size)])
 
 
 def share_of(part: Part, share: float, seed: int) -> Part:

@@ -1,8 +1,7 @@
 """Fine-tuning: the task adapters of the image tower and a new head, trained to classify findings."""
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,10 +18,10 @@ from ..modeling.model import ClinVLA
 from ..recipe import Optimization
 from ..run import Run
 from ..study import StudyBatch
-from .downstream import SEEDS, Part, Training, percent, share_of
+from .downstream import SEEDS, Part, Training, loader_of, percent, share_of
 from .probing import Labelled, Probe, fit_probe
 from .result import Result
-from .subject import Progress, Subject
+from .subject import Progress, Subject, read_run_settings
 
 _WARMUP = 0.1
 Encode = Callable[[ClinVLA, StudyBatch], Tensor]
@@ -143,22 +142,6 @@ def training_loader(used: Part, told: Training, seed: int, at: str | None) -> St
     return loader_of(used, min(told.batch_size, len(used.places)), train=True, seed=seed, checkpoint=at)
 
 
-def loader_of(part: Part, batch_size: int, **how) -> StudyLoader:
-    """A part's studies as the part's model takes them."""
-    model = part.subject.model
-    return StudyLoader(
-        part.subject.root,
-        part.subject.split,
-        model.tokenizer,
-        image_size=model.vision.image_size,
-        max_tokens=model.max_tokens,
-        batch_size=batch_size,
-        device="gpu" if model.device.type == "cuda" else "cpu",
-        places=part.places,
-        **how,
-    )
-
-
 @contextmanager
 def tuned(model: nn.Module, unfreeze: bool) -> Iterator[list[nn.Parameter]]:
     """The parameters of a model's image tower that are trained within; after, it is as it was before."""
@@ -183,12 +166,14 @@ def tuned(model: nn.Module, unfreeze: bool) -> Iterator[list[nn.Parameter]]:
 
 
 def rate_of(run: Path, told: Training) -> float:
-    """The learning rate: that of the run's task adapters, where nothing else was told."""
+    """The learning rate: that of the run's task adapters, where nothing else was told.
+
+    Raises:
+        DataError: if the run's settings cannot be read.
+    """
     if told.lr is not None:
         return told.lr
-    path = Path(run) / "run.json"
-    settings: Mapping = json.loads(path.read_text())["settings"] if path.is_file() else {}
-    return settings.get("optimization", {}).get("task_lr", Optimization.task_lr)
+    return read_run_settings(run).get("optimization", {}).get("task_lr", Optimization.task_lr)
 
 
 def train(

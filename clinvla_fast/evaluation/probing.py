@@ -9,7 +9,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from .downstream import SEEDS, Part, Training, parts, percent, share_of, spread, statistic
+from ..study import VIEWS
+from .downstream import SEEDS, Part, Training, parts, percent, share_of, spread, statistic, views_of
 from .result import NotApplicable, Result
 from .score import Score
 from .subject import Progress, Subject
@@ -73,8 +74,8 @@ def _features(part: Part) -> np.ndarray:
 
 
 class Labelled:
-    """The findings that a data set's training studies are labelled with, and the studies that have a label: one without
-    any is one that nobody has looked at.
+    """The findings that a data set's training studies are labelled with, and the studies that have a label and a view
+    that the model looks at: a study without any label is one that nobody has looked at.
 
     Raises:
         NotApplicable: if there are none to train, validate or test on, or no finding that some test studies show and
@@ -82,7 +83,7 @@ class Labelled:
     """
 
     def __init__(self, subject: Subject):
-        self.train, self.validate, self.test = parts(subject, _has_labels, "labels")
+        self.train, self.validate, self.test = parts(subject, _labelled, "labels and a view that the model looks at")
         studies = self.train.subject.studies
         self.names = sorted({label for place in self.train.places for label in studies[place].labels})
         self._tested = _varies(self.targets(self.test))
@@ -165,8 +166,13 @@ class Labelled:
         return Score(name, "macro auc", rows, *where, chance=0.5, spread=deviation)
 
 
-def _has_labels(subject: Subject) -> np.ndarray:
-    return np.array([bool(study.labels) for study in subject.studies])
+def _labelled(subject: Subject) -> np.ndarray:
+    """Whether each study has a label, and a view that the model looks at."""
+    found = np.array([bool(study.labels) for study in subject.studies])
+    if found.any():
+        seen = np.array([view in subject.model.recipe.views for view in VIEWS])
+        found[found] = views_of(Part(subject, np.flatnonzero(found))).numpy()[:, seen].any(1)
+    return found
 
 
 def _varies(target: np.ndarray) -> np.ndarray:

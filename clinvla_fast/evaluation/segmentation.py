@@ -19,8 +19,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 from ..data.epochs import Epochs
 from ..data.shards import Box
 from ..fit import Stage
-from .downstream import SEEDS, Part, Training, parts, percent, share_of, spread
-from .finetuning import loader_of, nth_of, train
+from .downstream import SEEDS, Part, Training, loader_of, parts, percent, share_of, spread
+from .finetuning import nth_of, train
 from .result import NotApplicable, Result
 from .score import Score
 from .subject import Progress, Subject
@@ -274,8 +274,7 @@ class _Found:
     @classmethod
     def of(cls, decoder: _Decoder, used: _Patches, validate: _Patches, tested: _Patches) -> "_Found":
         size = used.part.subject.batch_size
-        masks = [batch.masks for batch in used.batches(size)]
-        mean = torch.cat(masks).float().sum(0, keepdim=True) / max(1, used.shows.sum())
+        mean = sum(batch.masks.sum(0, keepdim=True) for batch in used.batches(size)) / max(1, used.shows.sum())
         constant = [
             torch.cat([dice_at(mean, batch.masks) for batch in patches.batches(size)]).numpy()
             for patches in (validate, tested)
@@ -298,7 +297,7 @@ def _scores(title: str, tested: _Patches, found: list[_Found]) -> list[Score]:
         rows, where = {"value": np.concatenate(values)}, (tested.part.places[kept], tested.part.patients[kept])
         chance = float(np.mean([getattr(of, f"constant_{name}") for of in found]))
         deviation = spread([float(x.mean()) for x in values])
-        words = {"all": "Dice", "shown": "Dice where it is shown"}[name]
+        words = f"Dice of {tested.label}" + {"all": "", "shown": " where it is shown"}[name]
         several = (np.tile(x, len(found)) for x in where)
         scores.append(Score(f"{title}, {words}", "mean", rows, *several, chance=chance, spread=deviation))
     return scores

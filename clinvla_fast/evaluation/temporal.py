@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from ..data.shards import PROGRESSIONS, Study
 from ..modeling.model import ClinVLA
 from ..study import VIEWS, StudyBatch
-from .downstream import Part, Training, folds_of, parts, spread, statistic
-from .finetuning import Head, Tuning, encoded, loader_of, nth_of, rate_of, train, training_loader, tuned
+from .downstream import Part, Training, folds_of, parts, spread, statistic, views_of
+from .finetuning import Head, Tuning, encoded, nth_of, rate_of, train, training_loader, tuned
 from .probing import Probe
 from .result import NotApplicable, Result
 from .score import Score
@@ -71,9 +71,8 @@ def _with_course(subject: Subject) -> np.ndarray:
             "those of MS-CXR-T, or of phantoms."
         )
     seen = torch.tensor([view in subject.model.recipe.views for view in VIEWS[:_PRIOR]])
-    loader = loader_of(Part(subject, np.flatnonzero(found)), subject.batch_size)
-    both = [batch.present.cpu().unflatten(1, (2, _PRIOR))[..., seen].any(-1).all(-1) for batch in loader]
-    found[found] = torch.cat(both).numpy()
+    views = views_of(Part(subject, np.flatnonzero(found))).unflatten(1, (2, _PRIOR))
+    found[found] = views[..., seen].any(-1).all(-1).numpy()
     return found
 
 

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +8,9 @@ import torch
 from clinvla_fast import ClinVLA, Recipe
 from clinvla_fast.errors import DataError
 from clinvla_fast.evaluation.downstream import Training
-from clinvla_fast.evaluation.finetuning import evaluate_classification
+from clinvla_fast.evaluation.finetuning import evaluate_classification, rate_of
 from clinvla_fast.evaluation.subject import Subject
+from clinvla_fast.recipe import Optimization
 
 SHORT = Training(labels=(1.0,), seeds=1, epochs=1, batch_size=8, lr=1e-3)
 
@@ -74,3 +76,13 @@ def test_a_loss_that_is_not_finite_ends_it(classified, tiny_model, squares):
     with pytest.raises(DataError, match="not finite in 10 steps in a row"):
         classified(tiny_model, replace(SHORT, lr=1e38))
     assert all(x.isfinite().all() for x in tiny_model.state_dict().values() if x.is_floating_point())
+
+
+def test_the_rate_is_the_runs_own(tmp_path):
+    card = tmp_path / "run.json"
+    assert rate_of(tmp_path, Training()) == Optimization.task_lr
+    card.write_text(json.dumps({"settings": {"optimization": {"task_lr": 3e-4}}}))
+    assert rate_of(tmp_path, Training()) == 3e-4 and rate_of(tmp_path, Training(lr=0.1)) == 0.1
+    card.write_text("{")
+    with pytest.raises(DataError, match="is damaged"):
+        rate_of(tmp_path, Training())

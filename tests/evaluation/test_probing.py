@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from clinvla_fast import ClinVLA, Recipe
+from clinvla_fast.data.sources.record import hashed_split
 from clinvla_fast.errors import DataError
 from clinvla_fast.evaluation.downstream import Part, Training, folds_of, parts, share_of
 from clinvla_fast.evaluation.probing import Labelled, evaluate_linear_probe
@@ -93,8 +95,17 @@ def test_without_a_validation_split_some_training_patients_stand_for_it(tmp_path
     assert not set(train.patients) & set(validate.patients) and len(test.places) == len(squares.test)
 
 
+def test_training_patients_are_held_out_of_splits_by_hash(tmp_path, tiny_model, squares):
+    names = (name for name in map(str, range(99)) if hashed_split(name) == "train")
+    named = {patient: next(names) for patient in dict.fromkeys(study.patient_id for study in squares.train)}
+    train = [replace(study, patient_id=named[study.patient_id]) for study in squares.train]
+    subject = Subject(tmp_path, tiny_model, squares.written(tmp_path / "data", train, squares.test), "test")
+    learned, validate, _ = parts(subject, lambda of: np.ones(len(of.studies), bool), "anything")
+    assert 0 < len(validate.places) < len(learned.places)
+
+
 def test_data_that_cannot_be_learned_from(probed, tmp_path, squares):
-    with pytest.raises(NotApplicable, match="no train split beside 'test': expected labels to learn from"):
+    with pytest.raises(NotApplicable, match="no train split beside 'test': expected labels and a view that the model"):
         probed(squares.test)
     bare = [replace(study, labels=()) for study in squares.train]
     with pytest.raises(NotApplicable, match="no study to train on in its train split with labels"):
@@ -107,7 +118,8 @@ def test_data_that_cannot_be_learned_from(probed, tmp_path, squares):
         probed(squares.train, alone, squares.test)
 
 
-@pytest.mark.parametrize(("told", "words"), [({"labels": (0.0,)}, "--labels"), ({"seeds": 0}, "--seeds is 0"),
+@pytest.mark.parametrize(("told", "words"), [({"labels": (0.0,)}, "--labels"), ({"labels": (1.0, 1.0)}, "once"),
+                                             ({"labels": (0.5, 0.50000001)}, "once"), ({"seeds": 0}, "--seeds is 0"),
                                              ({"folds": 2}, "--folds is 2"), ({"lr": -1.0}, "--lr")])  # fmt: skip
 def test_numbers_out_of_range(told, words):
     with pytest.raises(DataError, match=words):
@@ -129,3 +141,17 @@ def test_unlabelled_studies_are_not_negatives(tmp_path, tiny_model, squares):
     root = squares.written(tmp_path / "data", blank, squares.validate, squares.test)
     labelled = Labelled(Subject(tmp_path, tiny_model, root, "test"))
     assert len(labelled.train.places) == len(squares.train) / 2 and labelled.targets(labelled.train).any(1).all()
+
+
+def test_studies_that_the_model_sees_nothing_of_are_left_out(tmp_path, tiny_towers, squares):
+    def lateral(studies):
+        return [replace(study, images={"lateral": study.images["frontal"]}) for study in studies]
+
+    model = ClinVLA(**tiny_towers, recipe=Recipe(width=24, adapters=(), trained=("towers",), views=("frontal",)))
+    split = [*lateral(squares.train[:6]), *squares.train[6:]], squares.validate, [*squares.test, *lateral(squares.test)]
+    labelled = Labelled(Subject(tmp_path, model, squares.written(tmp_path / "some", *split), "test"))
+    assert labelled.train.places.tolist() == list(range(6, len(squares.train)))
+    assert labelled.test.places.tolist() == list(range(len(squares.test)))
+    none = squares.written(tmp_path / "none", squares.train, squares.validate, lateral(squares.test))
+    with pytest.raises(NotApplicable, match="no study to test on in its test split with labels and a view that"):
+        Labelled(Subject(tmp_path, model, none, "test"))

@@ -125,6 +125,8 @@ def test_phantoms_and_the_report(run, capsys):
         ([], "expected the folder of a finished run"),
         (["nowhere"], "nowhere: no such folder"),
         (["RUN", "--labels", "2"], "--labels are (2.0,): expected shares above 0, at most 1"),
+        (["RUN", "--labels", "1", "1"], "--labels are (1.0, 1.0): expected each share once"),
+        (["RUN", "--report", "report.txt", *QUICK], "report.txt: the name of a report ends in .html"),
         (["RUN", "--task", "segmentation", "--label", "rash", *QUICK], "no box of 'rash' in its train split"),
         (["RUN", "--task", "linear-probe", "--split", "train"], "no train split beside 'train'"),
     ],
