@@ -257,7 +257,7 @@ def test_results_of_two_models_are_not_mixed(data, tmp_path):
     run = evaluated(tmp_path / "run", data, tasks=("odd",))
     about = read_result(run, "odd").about
     write_result(Result("collapse", [score("variance", 0)]), run, about | {"model_sha256": "another"})
-    with pytest.raises(DataError, match="evaluated as different models .*collapse, .*odd.*trained again"):
+    with pytest.raises(DataError, match=r"evaluated as different models .*collapse, .*odd.*trained again"):
         write_report([run], tmp_path / "out.html")
 
 

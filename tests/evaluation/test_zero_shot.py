@@ -254,7 +254,7 @@ def test_nothing_to_tell_apart(subject, labels):
 
 def test_only_findings_too_rare_to_evaluate(subject):
     labels = [("zebra",) if number < 8 else () for number in range(len(subject.studies))]
-    with pytest.raises(NotApplicable, match="no finding in train to evaluate .zebra: "):
+    with pytest.raises(NotApplicable, match=r"no finding in train to evaluate .zebra: "):
         evaluate_zero_shot(_relabelled(subject, labels), Options())
 
 

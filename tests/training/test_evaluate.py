@@ -160,11 +160,13 @@ def test_what_cannot_be_evaluated(run, finished_run, tmp_path, capsys):
         ([bare, "--data", tmp_path / "empty"], "holds no manifest.json: pass a folder written by"),
         ([bare, "--data", data, "--split", "tests"], "no studies in its 'tests' split: pass --split with one of train"),
         ([bare, "--task", "none"], "bare was not evaluated"),
-        ([run, "--batch-size", "0"], "--batch-size is 0: expected at least 1"),
         ([run, run], "named twice"),
         ([bare, "--data", data, "--task", "collapse", "--report", tmp_path / "out.pdf"], "ends in .html"),
     ]:
         assert message in error_of(capsys, *arguments)
+    with pytest.raises(SystemExit):
+        main([str(run), "--batch-size", "0"])
+    assert "--batch-size is 0: expected at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         evaluate(bare, "--task", "retreival")
     assert stopped.value.code == 2 and "retrieval" in capsys.readouterr().err
