@@ -1,33 +1,66 @@
-"""How the benchmarks measure on a CPU: times in turns, and memory. pytest puts this folder on the path."""
+"""How the benchmarks measure: times in turns, ratios of them with their noise, and memory; on a CPU or a GPU."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from statistics import median
 
 import torch
 
 Run = Callable[[], object]
+Times = dict[str, list[float]]
+"""Seconds of each run, a turn each."""
 
 
-def seconds(runs: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Median time of each, taking turns after a first turn that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
+@dataclass(frozen=True)
+class Ratio:
+    """How often one thing goes into another, and half of the 95% interval of that."""
+
+    value: float
+    noise: float = 0.0
+
+
+def turns(runs: dict[str, Run], rounds: int, device: str = "cpu") -> Times:
+    """Seconds of each of `runs`, which take turns, after turns that are not counted: one, or two on a GPU, where times
+    are by its own clock."""
+    clock, first = (_seconds, 1) if device == "cpu" else (_seconds_on_gpu, 2)
+    times: Times = {name: [] for name in runs}
+    for turn in range(first + rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: median(taken[1:]) for name, taken in times.items()}
+            taken = clock(run)
+            if turn >= first:
+                times[name].append(taken)
+    return times
 
 
-def times_faster(slow: Run, fast: Run, rounds: int) -> float:
-    """Median time of `slow` over that of `fast`, run in turns."""
-    taken = seconds({"slow": slow, "fast": fast}, rounds)
-    return taken["slow"] / taken["fast"]
+def _seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _seconds_on_gpu(run: Run) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def faster(slow: list[float], fast: list[float]) -> Ratio:
+    """Times that `fast` is as fast as `slow`: the median over turns. Its noise is that of a median, from the median
+    absolute deviation, so that a neighbour who wakes up for one turn moves neither."""
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    middle = median(ratios)
+    deviation = 1.4826 * median(abs(x - middle) for x in ratios)
+    return Ratio(middle, 1.96 * 1.2533 * deviation / len(ratios) ** 0.5)
 
 
 def peak_memory(run: Run) -> int:
-    """Bytes allocated at once, beyond what was there before; what is made once is made in a first run."""
+    """Bytes of a CPU's memory allocated at once, beyond what was there before; what is made once is made in a first
+    run."""
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
@@ -37,3 +70,25 @@ def peak_memory(run: Run) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+def peak_memory_on_gpu(run: Run) -> int:
+    """As `peak_memory`, of the current GPU's."""
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@cache
+def ceilings() -> dict[str, float]:
+    """What the current GPU does at most: bytes a second of a large copy, FLOP/s of a large bf16 product."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target, (a, b) = torch.empty_like(source), torch.randn(2, 8192, 8192, device="cuda").bfloat16()
+    taken = turns({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, 20, "cuda")
+    return {
+        "bytes_a_second": 2 * len(source) / median(taken["copy"]),
+        "flops_a_second": 2 * 8192**3 / median(taken["product"]),
+    }

@@ -1,0 +1,104 @@
+"""The figures that are kept: a JSON file a module of benchmarks, in a folder a device.
+
+    bench/results/DEVICE/MODULE.json
+    {"device": {...}, "versions": {...}, "results": {TEST: {"commit": ..., "command": ...,
+        "ratios": {NAME: {"value": ..., "noise": ..., "runs": [...]}}, "figures": {NAME: ...}}}}
+
+A ratio is the median of the runs of one commit; its noise the largest of what those differ by and of what one of them
+says of itself. Figures are what else was found: counts, bytes, and on GPUs seconds.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.measure import Ratio
+from clinvla_fast.versions import versions
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("torch", "triton", "timm", "transformers", "xformers", "nvidia-dali-cuda120", "faiss-cpu")
+KEPT_RUNS = 5
+WORSE = 0.9
+"""A ratio may fall to this share of what is stored, and by the noise of both beyond that."""
+
+
+@cache
+def device(on_gpu: bool) -> dict[str, Any]:
+    """What a result is of."""
+    if on_gpu:
+        index = torch.cuda.current_device()
+        command = ["nvidia-smi", f"--id={index}", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+        return {"name": torch.cuda.get_device_name(index), "driver": driver, "cuda": torch.version.cuda}
+    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return {"name": names[0] if names else platform.machine(), "cores": len(os.sched_getaffinity(0))}
+
+
+def folder(on_gpu: bool) -> Path:
+    """Of a device's results."""
+    of = device(on_gpu)
+    name = of["name"] if on_gpu else f"cpu {of['cores']} cores"
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@cache
+def commit() -> str:
+    """The one that is checked out; "+" when files that are not results differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".", ":!bench/results") else "")
+
+
+def baseline(module: str, test: str, on_gpu: bool) -> dict[str, Ratio]:
+    """The stored ratios of a test by name; none when there are none of this device."""
+    content = _read(folder(on_gpu) / f"{module}.json")
+    if content.get("device", {}).get("name") != device(on_gpu)["name"]:
+        return {}
+    ratios = content["results"].get(test, {}).get("ratios", {})
+    return {name: Ratio(of["value"], of["noise"]) for name, of in ratios.items()}
+
+
+def fell(now: Ratio, before: Ratio) -> bool:
+    """Whether a ratio is worse by more than a tenth beyond the noise."""
+    return now.value < WORSE * before.value - (now.noise**2 + before.noise**2) ** 0.5
+
+
+def store(module: str, test: str, on_gpu: bool, ratios: dict[str, Ratio], figures: dict[str, Any]) -> None:
+    """Add a run of a test to those of the same commit, or put it in the place of another commit's."""
+    path = folder(on_gpu) / f"{module}.json"
+    content = _read(path)
+    if content.get("device") != device(on_gpu):
+        content = {"device": device(on_gpu), "results": {}}
+    old = content["results"].get(test, {})
+    earlier = old.get("ratios", {}) if old.get("commit") == commit() else {}
+    result = {"commit": commit(), "command": f"pytest {'-m gpu ' * on_gpu}bench/test_{module}.py --store"}
+    if ratios:
+        result["ratios"] = {name: _joined(ratio, earlier.get(name, {})) for name, ratio in ratios.items()}
+    if figures:
+        result["figures"] = figures
+    content |= {"versions": {"python": platform.python_version(), **versions(PACKAGES)}}
+    content["results"][test] = result
+    content["results"] = dict(sorted(content["results"].items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _joined(now: Ratio, earlier: dict[str, Any]) -> dict[str, Any]:
+    runs = [*earlier.get("runs", []), now.value][-KEPT_RUNS:]
+    noise = max(now.noise, earlier.get("noise", 0.0), (max(runs) - min(runs)) / 2)
+    return {"value": round(median(runs), 4), "noise": round(noise, 4), "runs": [round(x, 4) for x in runs]}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
