@@ -1,14 +1,10 @@
-"""Masked-patch embedding against normalising, embedding every patch and gathering: the same tokens, the same run.
+"""Masked-patch embedding on a CPU against normalising, embedding every patch and gathering: the same tokens.
 
-The two alternate, so that a machine that slows down slows both; their medians are compared. On a CPU it is the
-processor time of one thread, which neighbours on a shared machine move least, and the fused way must take at most an
-eighth of it. On a GPU both are measured and nothing is asserted here.
+On one thread, which neighbours on a shared machine move least.
 """
 
-import platform
-from collections.abc import Callable, Iterator
-from statistics import median
-from time import perf_counter, process_time
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -16,22 +12,19 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.operations import PATCH, PATCHES, WIDTH
 from clinvla_fast import ops
 from clinvla_fast.kernels.traffic import nbytes
 
-STUDIES, VIEWS, SIDE, PATCH, WIDTH, KEEP = 32, 2, 224, 16, 768, 49
-PATCHES = (SIDE // PATCH) ** 2
-ROUNDS = 25
-AT_LEAST = 8
+STUDIES, VIEWS, SIDE, KEEP = 32, 2, 224, PATCHES // 4
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def parts() -> dict[str, Tensor]:
-    """What ViT-B/16 has, in fp32, a batch of two views a study, and the patches that are kept."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """What ViT-B/16 has, in float32, a batch of two views a study, and the patches that are kept."""
     generator = torch.Generator().manual_seed(0)
     present = torch.ones(STUDIES, VIEWS, dtype=torch.bool)
-    made = {
+    return {
         "images": torch.randint(0, 256, (STUDIES, VIEWS, SIDE, SIDE), generator=generator, dtype=torch.uint8),
         "present": present,
         "weight": torch.randn(WIDTH, 3, PATCH, PATCH, generator=generator) / PATCH,
@@ -43,7 +36,6 @@ def parts() -> dict[str, Tensor]:
         "std": torch.tensor([0.229, 0.224, 0.225]),
         "kept": ops.draw_kept_patches(present, PATCHES, KEEP, seed=0)[0],
     }
-    return {name: x.to(device) for name, x in made.items()}
 
 
 @pytest.fixture
@@ -63,55 +55,19 @@ def embed_all_and_gather(images, present, weight, bias, position, cls, slot, mea
     return torch.cat([first, patches], 1) + slot[present.nonzero()[:, 1]][:, None]
 
 
-def kept_patches_only(**parts) -> Tensor:
+def kept_patches_only(**parts: Tensor) -> Tensor:
     return ops.masked_patch_embed(**parts).tokens
 
 
-def _record(benchmark, function: Callable[..., Tensor], parts: dict[str, Tensor]) -> None:
+@torch.no_grad()
+def test_speed(measured, parts, one_thread):
     with FlopCounterMode(display=False) as counter:
-        function(**parts)
-    device = parts["images"].device
-    benchmark.extra_info |= {
-        "flops": counter.get_total_flops(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-@pytest.mark.parametrize("function", [embed_all_and_gather, kept_patches_only])
-@torch.no_grad()
-def test_embed(benchmark, parts, function):
-    _record(benchmark, function, parts)
-    tokens = benchmark(function, **parts)
-    if function is kept_patches_only:
-        pixels = parts["kept"].numel() * PATCH**2
-        benchmark.extra_info["bytes"] = pixels + nbytes([x for name, x in parts.items() if name != "images"], tokens)
-        assert benchmark.extra_info["flops"] == 2 * pixels * WIDTH
-
-
-@torch.no_grad()
-def test_ratio(benchmark, parts, one_thread):
-    """Interleaved: every other run is the other function."""
-    torch.testing.assert_close(kept_patches_only(**parts), embed_all_and_gather(**parts), rtol=1e-4, atol=1e-4)
-    times: dict[Callable, list[float]] = {embed_all_and_gather: [], kept_patches_only: []}
-    on_gpu = parts["images"].is_cuda
-    clock = perf_counter if on_gpu else process_time
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-
-    def both() -> None:
-        for function, taken in times.items():
-            wait()
-            start = clock()
-            function(**parts)
-            wait()
-            taken.append(clock() - start)
-
-    _record(benchmark, kept_patches_only, parts)
-    benchmark.pedantic(both, rounds=ROUNDS, warmup_rounds=3)
-    medians = {function.__name__: median(taken[3:]) for function, taken in times.items()}
-    ratio = medians["embed_all_and_gather"] / medians["kept_patches_only"]
-    benchmark.extra_info |= {"ratio": round(ratio, 2)} | {f"{name}_ms": 1e3 * t for name, t in medians.items()}
-    if not on_gpu:
-        assert ratio >= AT_LEAST, f"{ratio:.1f} times as fast: {medians}"
+        tokens = kept_patches_only(**parts)
+    torch.testing.assert_close(tokens, embed_all_and_gather(**parts), rtol=1e-4, atol=1e-4)
+    pixels = parts["kept"].numel() * PATCH**2
+    assert counter.get_total_flops() == 2 * pixels * WIDTH
+    runs = {"all": partial(embed_all_and_gather, **parts), "ours": partial(kept_patches_only, **parts)}
+    taken = measured.turns(runs, rounds=25)
+    measured.faster("than embedding all", taken["all"], taken["ours"], least=8)
+    measured.figure("flops", counter.get_total_flops())
+    measured.figure("bytes", pixels + nbytes([x for name, x in parts.items() if name != "images"], tokens))
