@@ -156,7 +156,8 @@ def swap(model: nn.Module) -> Counter[str]:
     _know_adapters()
     swapped: Counter[str] = Counter()
     for part in _supported(model):
-        if isinstance(part, PreTrainedModel) and not hasattr(part, _BEFORE):
+        # The BERTs of transformers 4 choose their attention when they are made, and keep it.
+        if isinstance(part, PreTrainedModel) and part._can_set_attn_implementation() and not hasattr(part, _BEFORE):
             setattr(part, _BEFORE, part.config._attn_implementation)
             part.set_attn_implementation(_ATTENTION)
             swapped["attention of " + type(part).__name__] += 1

@@ -206,8 +206,7 @@ def test_other_classes_are_left_alone():
 
 
 def test_the_attention_that_a_bert_had_comes_back():
-    model = BertModel(BertConfig(**SIZES), add_pooling_layer=False)
-    model.set_attn_implementation("eager")
+    model = BertModel(BertConfig(**SIZES, attn_implementation="eager"), add_pooling_layer=False)
     accelerate(model)
     assert restore(model).config._attn_implementation == "eager"
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
@@ -18,16 +19,21 @@ def train_tokenizer(reports: Iterable[str], vocabulary: int = 2000) -> PreTraine
     Its pieces are the words that occur more than once, the most frequent first, and single characters for the rest.
     (tokenizers' own trainer breaks ties at random, so that two runs would differ.)
     """
-    blank = BertTokenizerFast(vocab={token: i for i, token in enumerate(_SPECIAL)}, do_lower_case=True)
-    parts = blank.backend_tokenizer.normalizer, blank.backend_tokenizer.pre_tokenizer
+    blank = _of_pieces(_SPECIAL)
     words: Counter[str] = Counter()
     for report in reports:
-        words.update(word for word, _ in parts[1].pre_tokenize_str(parts[0].normalize_str(report)))
+        words.update(word for word, _ in blank.pre_tokenizer.pre_tokenize_str(blank.normalizer.normalize_str(report)))
     characters = sorted({character for word in words for character in word})
     pieces = [*_SPECIAL, *characters, *(f"##{character}" for character in characters)]
     ordered = sorted((word for word, count in words.items() if count > 1), key=lambda word: (-words[word], word))
     pieces = list(dict.fromkeys(pieces + ordered))[: max(vocabulary, len(pieces))]
-    return BertTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)}, do_lower_case=True)
+    return BertTokenizerFast(tokenizer_object=_of_pieces(pieces), do_lower_case=True)
+
+
+def _of_pieces(pieces: Iterable[str]) -> Tokenizer:
+    """A lower-case BERT tokenizer; made here, as transformers 4 and 5 take a vocabulary differently."""
+    bert = BertWordPieceTokenizer({piece: i for i, piece in enumerate(pieces)}, lowercase=True)
+    return Tokenizer.from_str(bert.to_str())
 
 
 def tokenize_reports(
