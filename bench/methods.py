@@ -1,7 +1,7 @@
 """The six methods, and ClinVLA without one component at a time (the paper's Table 6), on the same phantoms and seeds.
 
-    python bench/methods.py --out runs/methods                  # over an hour on two cores; goes on where it stopped
-    python bench/methods.py --out runs/methods --store          # and writes bench/results/
+    python -m bench.methods --out runs/methods            # hours on two cores; goes on where it stopped
+    python -m bench.methods --out runs/methods --store    # and writes bench/results/
 
 Data and towers are made once; every method then sees the training studies equally often. Runs are processes of their
 own, one thread each, as many at a time as there are cores. Intervals are 95% of Student's t over seeds; those of an
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.stored import table
 from clinvla_fast.data.phantom import patient_truths
 from clinvla_fast.data.shards import read_manifest, read_studies
 from clinvla_fast.evaluation.result import NotApplicable
@@ -117,6 +118,20 @@ def evaluate_all(out: Path, found: dict[str, list[dict]], epochs: int) -> None:
             summary["scores"] = evaluate(folder_of(out, name, seed, epochs), data, kinds)
 
 
+def kept(found: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """What of the summaries is stored. No seconds, which say nothing of another machine, but those of a run over those
+    of the whole method of the same seed."""
+    names = "scores", "params", "flops_per_training_sample", "steps", "peak_kib"
+    whole = [run["seconds"] for run in found["clinvla"]]
+    return {
+        name: [
+            {key: run[key] for key in names if key in run} | {"times_as_long": round(run["seconds"] / of, 3)}
+            for run, of in zip(runs, whole, strict=False)
+        ]
+        for name, runs in found.items()
+    }
+
+
 def kinds_of(data: Path) -> dict[str, np.ndarray]:
     """Which studies of the test split are of a kind, bool [n]: what the report says asks for the prior study, or for
     the lateral view."""
@@ -157,11 +172,6 @@ def shown(values: list[float | None], signed: bool = False) -> str:
     return f"{mean:+.3f} ± {half:.3f}" if signed else f"{mean:.3f} ± {half:.3f}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """As Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
 def methods_table(found: dict[str, list[dict]]) -> str:
     rows = []
     for name, runs in found.items():
@@ -172,11 +182,11 @@ def methods_table(found: dict[str, list[dict]]) -> str:
                 *(shown([run["scores"][column] for run in runs]) for column in SCORES),
                 f"{params['trainable'] / params['total']:.1%}",
                 f"{flops / 1e9:.3f}",
-                f"{min(run['wall_seconds'] for run in runs):.0f}",
+                f"{statistics.median(run['times_as_long'] for run in runs):.2f}",
                 f"{max(run['peak_kib'] for run in runs) / 2**20:.2f}",
             ]
         )
-    return table(["method", *SCORES, "trainable", "GFLOP a study", "seconds", "GB"], rows)
+    return table(["method", *SCORES, "trainable", "GFLOP a study", "time", "GB"], rows)
 
 
 def ablations_table(found: dict[str, list[dict]]) -> str:
@@ -199,30 +209,37 @@ def long_table(found: dict[str, list[dict]]) -> str:
     )
 
 
+TABLES = {"methods": methods_table, "longer": long_table, "ablations": ablations_table}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the runs go")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8, help="of the methods")
-    parser.add_argument("--long-epochs", type=int, default=24, help="of a few of them once more")
+    parser.add_argument("--long-epochs", type=int, default=24, help="of a few of them once more, and of the ablations")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--store", action="store_true", help=f"write {STORED.relative_to(ROOT)}")
     settings = parser.parse_args()
     out, seeds = settings.out.resolve(), settings.seeds
     out.mkdir(parents=True, exist_ok=True)
     pretrain(out / "made", "--epochs", "1")
-    jobs = {method: ["--method", method] for method in METHODS} | BESIDE | ABLATIONS
-    found = run_all(out, jobs, seeds, settings.epochs, settings.workers)
-    longer = run_all(out, LONGER, 1, settings.long_epochs, settings.workers)
-    for runs, epochs in ((found, settings.epochs), (longer, settings.long_epochs)):
+    short, long = settings.epochs, settings.long_epochs
+    given = {  # what was trained, the seeds, the epochs
+        "methods": ({method: ["--method", method] for method in METHODS} | BESIDE, seeds, short),
+        "longer": (LONGER, 1, long),
+        "ablations": ({"clinvla": []} | ABLATIONS, seeds, long),
+    }
+    found = {}
+    for name, (jobs, of_seeds, epochs) in given.items():
+        runs = run_all(out, jobs, of_seeds, epochs, settings.workers)
         evaluate_all(out, runs, epochs)
-    methods = {name: found[name] for name in (*METHODS, *BESIDE)}
-    print(*(methods_table(methods), ablations_table(found), long_table(longer)), sep="\n\n")
+        found[name] = kept(runs)
+    print(*(table(found[name]) for name, table in TABLES.items()), sep="\n\n")
     if settings.store:
-        told = f"--seeds {seeds} --epochs {settings.epochs} --long-epochs {settings.long_epochs}"
-        about = {"command": f"python bench/methods.py {told} --store"}
+        about = {"command": f"python -m bench.methods --seeds {seeds} --epochs {short} --long-epochs {long} --store"}
         about["device"] = f"{os.cpu_count()} CPU cores, no GPU; {settings.workers} runs at a time, one thread each"
-        STORED.write_text(json.dumps(about | {"runs": found, "longer": longer}, indent=1) + "\n")
+        STORED.write_text(json.dumps(about | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,11 @@ def store(module: str, test: str, on_gpu: bool, ratios: dict[str, Ratio], figure
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """As Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
 def _joined(now: Ratio, earlier: dict[str, Any]) -> dict[str, Any]:
     runs = [*earlier.get("runs", []), now.value][-KEPT_RUNS:]
     noise = max(now.noise, earlier.get("noise", 0.0), (max(runs) - min(runs)) / 2)
