@@ -107,10 +107,10 @@ class ImageEncoder(_Frozen):
     def _tokens(self, views: Tensor) -> Tensor:
         pixels = (views[:, None] / 255 - self.mean) / self.std
         pixels = pixels.expand(-1, self._channels, -1, -1).to(self.dtype)
-        if isinstance(self.model, PreTrainedModel):
-            tokens = self.model(pixel_values=pixels).last_hidden_state
-        else:
+        if hasattr(self.model, "forward_features"):
             tokens = self.model.forward_features(pixels)
+        else:
+            tokens = self.model(pixel_values=pixels).last_hidden_state
         if not isinstance(tokens, Tensor) or tokens.ndim not in (3, 4):
             raise ValueError(f"{self.name} gives neither one sequence of tokens nor one feature map.")
         if tokens.ndim == 4:  # [n, C, H, W] or [n, H, W, C], of square images

@@ -345,9 +345,11 @@ class ClinVLA(nn.Module, Encoding, PyTorchModelHubMixin, library_name="clinvla-f
     def _from_pretrained(
         cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **init
     ) -> "ClinVLA":
+        # huggingface_hub before 1.0, which transformers 4 needs, hands over two more.
+        older = {name: init.pop(name) for name in ("proxies", "resume_download") if name in init}
         folder = Path(model_id)
         if not folder.is_dir():
-            options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
+            options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, **older}
             folder = Path(snapshot_download(model_id, local_files_only=local_files_only, token=token, **options))
         if "vision" not in init or "text" not in init or not (folder / _WEIGHTS).is_file():
             raise DataError(f"{folder} holds no config.json and {_WEIGHTS}: pass a folder that a ClinVLA was saved in.")
