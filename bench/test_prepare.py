@@ -88,7 +88,6 @@ def test_reading(measured, films, kind):
     for path in paths:
         same = [np.asarray(Image.open(io.BytesIO(way(path)))).astype(int) for way in (plain, ours)]
         assert abs(same[0] - same[1]).mean() < 1
-    taken = measured.turns(
-        {way.__name__: lambda way=way: [way(path) for path in paths] for way in (plain, ours)}, ROUNDS
-    )
+    runs = {way.__name__: lambda way=way: [way(path) for path in paths] for way in (plain, ours)}
+    taken = measured.turns(runs, KINDS[kind])
     measured.faster("than pydicom and Pillow", taken["plain"], taken["ours"], least=1)
