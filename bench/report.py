@@ -1,10 +1,10 @@
 """The stored results as tables and pictures, and every document's figures from them.
 
-    python -m bench.report            # fills in README.md, ARCHITECTURE.md and docs/, draws docs/benchmarks/
+    python -m bench.report            # fills in README.md, ARCHITECTURE.md and docs/, draws pictures there
     python -m bench.report --check    # changes nothing; says which figure is not the stored one
 
 In a document, what follows a figure says where it is stored, and the figure is written anew with as many digits as
-stand there: `2.46<!--=cpu-2-cores/towers|test_encoding|float32-->`. Keys lead through the file (a test's ratios and
+stand there: `2.46<!--=cpu-2-cores/towers::test_encoding::float32-->`. Keys lead through the file (a test's ratios and
 figures are its own keys, "noise" is a ratio's), `*1e-9` scales. Between `<!-- table NAME -->` and `<!-- end -->` is a
 table of `TABLES`.
 """
@@ -33,6 +33,9 @@ PUBLISHED = {  # Table 7 of the ClinVLA paper: FLOPs a sample, million parameter
     "BioViL": (6.8e12, 289.5, 15.6),
 }
 
+EPOCHS = {"alta": 30, "mrm": 200}
+"""As published."""
+
 
 def read(name: str) -> dict[str, Any]:
     """A stored result, such as cpu-2-cores/towers."""
@@ -41,7 +44,7 @@ def read(name: str) -> dict[str, Any]:
 
 def look_up(path: str) -> Any:
     """What is stored under a document's path; `KeyError` when nothing is."""
-    name, *keys = path.split("|")
+    name, *keys = path.split("::")
     found = read(name)
     if "results" in found and keys:
         test = found["results"][keys.pop(0)]
@@ -95,22 +98,43 @@ def ratios_table(device: str) -> str:
 
 
 def table_7() -> str:
-    """The paper's Table 7, ours beside it."""
+    """The paper's Table 7, and what this engine's methods are at the published size: two whole views and 128 words."""
     rows = [
-        [name, f"{flops:.1e}", f"{millions:.1f}", f"{ms:.1f} (A100)", "published"]
+        [name, f"{flops:.1e}", f"{millions:.1f}", f"{ms:.1f}, A100", "published"]
         for name, (flops, millions, ms) in PUBLISHED.items()
     ]
-    counts = read("counts")
-    return table(["model", "FLOPs a sample", "parameters, M", "ms a sample", ""], [*rows, *our_rows(counts)])
+    latencies = dict(latency_of_one_study())
+    for name in ("clinvla", "gloria", "convirt", "alta"):
+        of = read("counts")["configurations"][f"{name}, base"]
+        ms = ", ".join(f"{of_one:.2f}, {device}" for device, of_one in latencies.items() if name == "clinvla")
+        flops, millions = of["forward, views 2, tokens 128"], of["parameters"] / 1e6
+        rows.append([f"`--method {name}`", f"{flops:.1e}", f"{millions:.1f}", ms or "not measured", "counted"])
+    return table(["model", "FLOPs a sample", "parameters, M", "ms a sample", ""], rows)
 
 
-def our_rows(counts: dict[str, Any]) -> list[list[str]]:
-    raise NotImplementedError
+def latency_of_one_study() -> Iterator[tuple[str, float]]:
+    """Of every GPU that it was measured on: its name and milliseconds."""
+    for folder in devices():
+        path = folder / "towers_on_gpu.json"
+        if path.is_file():
+            content = json.loads(path.read_text())
+            yield content["device"]["name"], 1e3 * content["results"]["test_latency_of_one_study"]["figures"]["graph"]
+
+
+def alta_and_mrm() -> str:
+    """What training takes, by the epochs that the papers train for."""
+    counts, rows = read("counts")["configurations"], []
+    steps = {name: counts[f"{name}, base"]["step, views 2, tokens 128"] for name in EPOCHS}
+    for name, epochs in EPOCHS.items():
+        of_mrm = epochs * steps[name] / (EPOCHS["mrm"] * steps["mrm"])
+        rows.append([name, f"{steps[name] / 1e9:.1f}", str(epochs), f"{of_mrm:.0%}"])
+    return table(["", "GFLOP a study", "epochs", "of MRM's compute"], rows)
 
 
 TABLES: dict[str, Callable[..., str]] = {
     "ratios": ratios_table,
     "table-7": table_7,
+    "alta-and-mrm": alta_and_mrm,
     "scaling": lambda: scaling.scaling_table(read("scaling")),
     **{name: lambda name=name: methods.TABLES[name](read("cpu-2-cores/methods")[name]) for name in methods.TABLES},
 }

@@ -29,7 +29,10 @@ def test_no_figure_is_typed_by_hand(name):
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
-    results = {"ratios": {"fast": {"value": 2.467, "noise": 0.04, "runs": [2.4, 2.5]}}, "figures": {"flops": 95_203_000}}
+    results = {
+        "ratios": {"fast": {"value": 2.467, "noise": 0.04, "runs": [2.4, 2.5]}},
+        "figures": {"flops": 95_203_000},
+    }
     (tmp_path / "device").mkdir()
     (tmp_path / "device/area.json").write_text(json.dumps({"results": {"test_x[a b]": results}}))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -38,10 +41,13 @@ def stored(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("9.99<!--=device/area|test_x[a b]|fast-->", "2.47<!--=device/area|test_x[a b]|fast-->"),
-        ("1<!--=device/area|test_x[a b]|fast|noise*1e3--> %", "40<!--=device/area|test_x[a b]|fast|noise*1e3--> %"),
-        ("0<!--=device/area|test_x[a b]|flops-->", "95,203,000<!--=device/area|test_x[a b]|flops-->"),
-        ("+0.1<!--=device/area|test_x[a b]|flops*1e-9-->", "+0.1<!--=device/area|test_x[a b]|flops*1e-9-->"),
+        ("9.99<!--=device/area::test_x[a b]::fast-->", "2.47<!--=device/area::test_x[a b]::fast-->"),
+        (
+            "1<!--=device/area::test_x[a b]::fast::noise*1e3--> %",
+            "40<!--=device/area::test_x[a b]::fast::noise*1e3--> %",
+        ),
+        ("0<!--=device/area::test_x[a b]::flops-->", "95,203,000<!--=device/area::test_x[a b]::flops-->"),
+        ("+0.1<!--=device/area::test_x[a b]::flops*1e-9-->", "+0.1<!--=device/area::test_x[a b]::flops*1e-9-->"),
         ("2.1 times 3.0", "2.1 times 3.0"),
     ],
 )
@@ -51,7 +57,7 @@ def test_a_figure_keeps_its_digits(stored, before, after):
 
 def test_a_figure_that_is_not_stored_is_an_error(stored):
     with pytest.raises(KeyError):
-        report.filled("1.0<!--=device/area|test_x[a b]|slow-->")
+        report.filled("1.0<!--=device/area::test_x[a b]::slow-->")
 
 
 def test_pictures_of_what_is_there(tmp_path):
