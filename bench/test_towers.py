@@ -1,21 +1,35 @@
-"""The towers on a CPU, taking turns with those of timm and transformers; ratios are of medians."""
+"""The towers on a CPU, taking turns with those of timm and transformers: encoding, a pretraining step, and its memory;
+and what freezing the towers saves, in plain code and in ours."""
 
 import copy
-import platform
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
-import timm
 import torch
-from measure import peak_memory, seconds
 from torch import Tensor, nn
-from towers import Batch, our_encoding, our_step, our_towers, plain_encoding, plain_step, plain_towers
 
+from bench.fake_memory import peak_memory_of_fake
+from bench.measure import Run, peak_memory
+from bench.towers import (
+    Batch,
+    compiled,
+    our_encoding,
+    our_step,
+    our_towers,
+    plain_encoding,
+    plain_step,
+    plain_towers,
+    with_plain_adapters,
+)
 from clinvla_fast.modeling.frozen import compute_dtype
 from clinvla_fast.twins import accelerate
 
 HALF = compute_dtype(torch.device("cpu")) == torch.bfloat16
+DTYPE = torch.bfloat16 if HALF else torch.float32
+DTYPES = (torch.float32, torch.bfloat16) if HALF else (torch.float32,)
+BATCHES = (1, 8, 64, 256)
 
 
 @pytest.fixture(scope="module")
@@ -23,45 +37,80 @@ def plain() -> nn.ModuleDict:
     return plain_towers()
 
 
-def record(benchmark, ratios: dict[str, float], **figures) -> None:
-    about = {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    versions = {"torch": torch.__version__, "timm": timm.__version__}
-    benchmark.extra_info |= about | versions | figures | {k: round(v, 2) for k, v in ratios.items()}
+@pytest.fixture(scope="module")
+def fast(plain) -> dict[torch.dtype, nn.ModuleDict]:
+    """Ours, frozen, without adapters."""
+    return {dtype: our_towers(plain, dtype, False) for dtype in DTYPES}
+
+
+def named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast(run: Callable, *given: Any, dtype: torch.dtype = DTYPE) -> Any:
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return run(*given)
+
+
+def assert_same(found: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], batch: Batch, dtype: torch.dtype) -> None:
+    """Tokens of both towers, but for what the plain text tower makes of padding."""
+    for actual, expected in zip(found, right, strict=True):
+        if expected.ndim != actual.ndim:
+            expected = expected[batch.mask]
+        if dtype == torch.float32:
+            torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+        else:
+            assert (actual.float() - expected).norm() <= 0.03 * expected.norm()
+
+
+def encodings(
+    plain: nn.ModuleDict, fast: dict[torch.dtype, nn.ModuleDict], batch: Batch, kept: Tensor | None = None
+) -> dict[str, Run]:
+    """Plain and ours in each dtype, which find the same."""
+    right, runs = plain_encoding(plain.eval(), batch, kept), {}
+    for dtype, towers in fast.items():
+        runs[f"plain {named(dtype)}"] = partial(autocast, plain_encoding, plain, batch, kept, dtype=dtype)
+        runs[f"ours {named(dtype)}"] = partial(our_encoding, towers, batch, kept)
+        assert_same(our_encoding(towers, batch, kept), right, batch, dtype)
+    return runs
 
 
 @torch.inference_mode()
-def test_encoding(benchmark, plain):
-    plain.eval()
+def test_encoding_a_study(measured, plain, fast):
+    """Two whole views and a report of 64 words."""
     batch = Batch.of(1)
-    batch.lengths.fill_(64)
-    fast, half = our_towers(plain, torch.float32, False), our_towers(plain, torch.bfloat16, False)
-
-    def autocast():
-        with torch.autocast("cpu", torch.bfloat16):
-            return plain_encoding(plain, batch)
-
-    for actual, right in zip(our_encoding(fast, batch), plain_encoding(plain, batch), strict=True):
-        right = right if actual.ndim == right.ndim else right[batch.mask]  # the padded words' hidden states
-        torch.testing.assert_close(actual, right, rtol=0, atol=2e-5)
-    swapped = accelerate(copy.deepcopy(plain).requires_grad_(False))
-    runs = {
-        "plain": lambda: plain_encoding(plain, batch),
-        "accelerated": lambda: plain_encoding(swapped, batch),
-        "ours": lambda: our_encoding(fast, batch),
-    }
+    runs = encodings(plain, fast, batch)
+    right = plain_encoding(plain, batch)
+    by_inductor, swapped = compiled(plain), accelerate(copy.deepcopy(plain).requires_grad_(False))
+    for towers in (by_inductor, swapped):
+        assert_same(plain_encoding(towers, batch), right, batch, torch.float32)
+    runs["compiled"], runs["accelerated"] = (partial(plain_encoding, x, batch) for x in (by_inductor, swapped))
+    taken = measured.turns(runs | {"ours": runs["ours float32"]}, rounds=12)
+    measured.faster("float32", taken["plain float32"], taken["ours float32"], least=2.4)
+    measured.faster("float32 than compiled", taken["compiled"], taken["ours float32"])
+    measured.faster("accelerate alone", taken["plain float32"], taken["accelerated"])
     if HALF:
-        runs |= {"plain_bf16": autocast, "ours_bf16": lambda: our_encoding(half, batch)}
-    taken = seconds(runs, rounds=25)
-    ratios = {
-        name: taken["plain"] / taken[run] for name, run in (("float32", "ours"), ("accelerate_alone", "accelerated"))
-    }
-    if HALF:
-        ratios["bfloat16"] = taken["plain_bf16"] / taken["ours_bf16"]
-        ratios["bfloat16_against_float32"] = taken["plain"] / taken["ours_bf16"]
-    record(benchmark, ratios)
-    benchmark.pedantic(runs["ours"], rounds=1)
-    assert ratios["float32"] >= 2.4
-    assert not HALF or (ratios["bfloat16"] >= 1.4 and ratios["bfloat16_against_float32"] >= 4.3)
+        measured.faster("bfloat16", taken["plain bfloat16"], taken["ours bfloat16"], least=1.4)
+        measured.faster("bfloat16 than float32", taken["plain float32"], taken["ours bfloat16"], least=4.3)
+
+
+@pytest.mark.parametrize(
+    ("masked", "words"), [(True, None), (False, 128)], ids=["a quarter of the patches", "a report of 128 words"]
+)
+@torch.inference_mode()
+def test_encoding_less_or_more_of_a_study(measured, plain, fast, masked, words):
+    batch = Batch.of(1, words=words)
+    taken = measured.turns(encodings(plain, fast, batch, batch.kept() if masked else None), rounds=9)
+    for dtype in DTYPES:
+        measured.faster(named(dtype), taken[f"plain {named(dtype)}"], taken[f"ours {named(dtype)}"])
+
+
+@torch.inference_mode()
+def test_encoding_eight_studies(measured, plain, fast):
+    """In the dtype that a CPU computes in; reports of real lengths."""
+    batch = Batch.of(8)
+    taken = measured.turns(encodings(plain, {DTYPE: fast[DTYPE]}, batch), rounds=5)
+    measured.faster(named(DTYPE), taken[f"plain {named(DTYPE)}"], taken[f"ours {named(DTYPE)}"])
 
 
 @pytest.mark.parametrize(
@@ -74,50 +123,64 @@ def test_encoding(benchmark, plain):
     ],
     ids=["float32", "bfloat16"],
 )
-def test_pretraining_step(benchmark, plain, dtype, than_masked, than_whole):
-    plain.train()
+def test_pretraining_step(measured, plain, dtype, than_masked, than_whole):
+    """Against end-to-end training."""
     fast, batch = our_towers(plain, dtype, True), Batch.of(4)
     kept = batch.kept()
+    theirs = partial(autocast, plain_step, plain.train(), batch, dtype=dtype)
+    runs = {"masked": lambda: theirs(kept), "whole": lambda: theirs(None), "ours": lambda: our_step(fast, batch, kept)}
+    taken = measured.turns(runs, rounds=5)
+    measured.faster("than masked", taken["masked"], taken["ours"], than_masked)
+    measured.faster("than whole", taken["whole"], taken["ours"], than_whole)
 
-    def theirs(kept: Tensor | None) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            plain_step(plain, batch, kept)
 
-    runs = {
-        "masked": lambda: theirs(kept),
-        "whole": lambda: theirs(None),
-        "ours": lambda: our_step(fast, batch, kept),
+Step = tuple[Callable, nn.ModuleDict]
+"""What is run of towers, a batch and its kept patches."""
+
+
+def training_ways(plain: nn.ModuleDict) -> dict[str, Step]:
+    """Frozen with adapters, and end to end; plain code and ours."""
+    end_to_end = our_towers(plain, torch.float32, False, ("towers",))
+    return {
+        "plain frozen": (partial(autocast, plain_step), with_plain_adapters(plain)),
+        "plain end to end": (partial(autocast, plain_step), plain.train()),
+        "ours": (our_step, our_towers(plain, DTYPE, True)),
+        "ours end to end": (partial(our_step, dtype=DTYPE), end_to_end),
     }
-    taken = seconds(runs, rounds=4)
-    ratios = {f"than_{name}": taken[name] / taken["ours"] for name in ("masked", "whole")}
-    record(benchmark, ratios)
-    benchmark.pedantic(runs["ours"], rounds=1)
-    assert ratios["than_masked"] >= than_masked and ratios["than_whole"] >= than_whole
 
 
-def test_memory_of_a_pretraining_step(benchmark, plain):
-    """Activations, gradients and optimizer states, in bfloat16 where a CPU has it. A batch of 256 is too large for a
-    test: from two batches where activations outweigh the rest, memory is a line. At most a third of whole images'."""
-    plain.train()
-    dtype = torch.bfloat16 if HALF else torch.float32
-    fast = our_towers(plain, dtype, True)
+def peaks(ways: dict[str, Step], studies: int, masked: bool = True) -> dict[str, int]:
+    batch = Batch.of(studies)
+    kept = batch.kept() if masked else None
+    return {name: peak_memory_of_fake(step, towers, batch, kept) for name, (step, towers) in ways.items()}
 
-    def held_at_256(step: Callable[[Batch], None], first: int, second: int) -> float:
-        small, large = (peak_memory(partial(step, Batch.of(n))) for n in (first, second))
-        return small + (large - small) / (second - first) * (256 - first)
 
-    def theirs(masked: bool):
-        def step(batch: Batch) -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=HALF):
-                plain_step(plain, batch, batch.kept() if masked else None)
+def test_frozen_against_end_to_end(measured, plain):
+    """The experiment of surveys of adapters: what freezing alone gives, of a quarter of the patches."""
+    ways, batch = training_ways(plain), Batch.of(4)
+    taken = measured.turns({name: partial(*way, batch, batch.kept()) for name, way in ways.items()}, rounds=5)
+    held = peaks(ways, 256)
+    for code, frozen in (("plain", "plain frozen"), ("ours", "ours")):
+        end_to_end = f"{code} end to end"
+        measured.faster(f"{code}: time", taken[end_to_end], taken[frozen])
+        measured.ratio(f"{code}: memory of 256 studies", held[end_to_end] / held[frozen])
+    measured.faster("ours than plain, frozen", taken["plain frozen"], taken["ours"])
+    measured.figure("peak_bytes_of_256_studies", held)
 
-        return step
 
-    held = held_at_256(lambda batch: our_step(fast, batch, batch.kept()), 24, 32)
-    ratios = {
-        "less_than_whole": held_at_256(theirs(False), 24, 32) / held,
-        "less_than_masked": held_at_256(theirs(True), 64, 72) / held,
-    }
-    record(benchmark, ratios, studies=256, bytes_held=round(held))
-    benchmark.pedantic(lambda: our_step(fast, Batch.of(4), Batch.of(4).kept()), rounds=1)
-    assert ratios["less_than_whole"] >= 3
+def test_memory_of_a_pretraining_step(measured, plain):
+    """Activations, gradients and optimizer states, in bfloat16 where a CPU has it; counted, as a batch of 256 is too
+    large for a test. Of small towers they are measured too, and are as counted."""
+    small, batch = training_ways(plain_towers("vit_tiny_patch16_224", 192)), Batch.of(12)
+    whole = (*small["plain end to end"], batch, None)
+    for step, *given in (*((*way, batch, batch.kept()) for way in small.values()), whole):
+        assert peak_memory_of_fake(step, *given) == pytest.approx(peak_memory(partial(step, *given)), rel=0.01)
+    end_to_end = partial(autocast, plain_step), plain.train()
+    ours, by_batch = (our_step, our_towers(plain, DTYPE, True)), {}
+    for studies in BATCHES:
+        masked = peaks({"ours": ours, "masked": end_to_end}, studies)
+        by_batch[str(studies)] = masked | {"whole": peaks({"whole": end_to_end}, studies, masked=False)["whole"]}
+    held = by_batch["256"]
+    measured.ratio("less than whole", held["whole"] / held["ours"], least=3)
+    measured.ratio("less than masked", held["masked"] / held["ours"])
+    measured.figure("peak_bytes_by_batch", by_batch)
