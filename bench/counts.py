@@ -379,8 +379,8 @@ def operators() -> Counts:
 
 def compilations(name: str, data: Path, towers: tuple[str, str]) -> Counts:
     """Graph breaks, and recompilations over an epoch of training on a prepared data set and one pass of evaluation,
-    after the warm-up of the main job. Graphs are captured as in the job and then run as they are: what Inductor would
-    make of them is tests/modeling/test_model.py's."""
+    after the warm-up of the main job; and how many lengths of a batch's reports there were. Graphs are captured as in
+    the job and then run as they are: what Inductor would make of them is tests/modeling/test_model.py's."""
     method = method_of(name, "tiny")
     model = ClinVLA(*towers, method.recipe)
     sizes = {"max_tokens": model.max_tokens, "cache": "off"}
@@ -398,7 +398,9 @@ def compilations(name: str, data: Path, towers: tuple[str, str]) -> Counts:
         warm_up(stage, next(iter(training)))
         warm = counters["stats"]["unique_graphs"]
         stage.train()
+        lengths = set()
         for seed, batch in enumerate(training):
+            lengths.add(len(batch.tokens))
             stage.backward(stage, batch, seed, 1.0, ExitStack)
         stage.eval()
         with torch.inference_mode():
@@ -410,6 +412,7 @@ def compilations(name: str, data: Path, towers: tuple[str, str]) -> Counts:
         "graphs": warm,
         "graph breaks": sum(counters["graph_break"].values()),
         "recompilations": compiled - warm,
+        "lengths": len(lengths),
     }
 
 

@@ -35,17 +35,10 @@ class Plant:
 
 PLANTS = (
     Plant(
-        "a kernel with too few warps: registers spill",
+        "a kernel with too few warps",
         "kernels/masked_patches.py",
         '{"BM": 64, "BN": 128, "BK": 64, "HELD": True, "num_warps": 4, "num_stages": 3}',
         '{"BM": 64, "BN": 128, "BK": 64, "HELD": True, "num_warps": 1, "num_stages": 3}',
-        RESOURCES,
-    ),
-    Plant(
-        "a kernel off the tensor cores",
-        "kernels/masked_patches.py",
-        'tl.dot(centred, other, total, input_precision="tf32x3", out_dtype=SUMMED)',
-        'tl.dot(centred.to(tl.float32), other.to(tl.float32), total, input_precision="ieee", out_dtype=SUMMED)',
         RESOURCES,
     ),
     Plant(
