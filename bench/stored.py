@@ -52,11 +52,14 @@ def folder(on_gpu: bool) -> Path:
 
 @cache
 def commit() -> str:
-    """The one that is checked out; "+" when files that are not results differ from it."""
+    """The one that is checked out; "+" when files that are not results differ from it. In a copy without git's history,
+    what CLINVLA_COMMIT says, or "unknown"."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
+    if not (ROOT / ".git").exists():
+        return os.environ.get("CLINVLA_COMMIT", "unknown")
     return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".", ":!bench/results") else "")
 
 

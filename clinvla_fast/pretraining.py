@@ -1,11 +1,14 @@
 """The stages of pretraining: towers by masked modelling where a preset has none, then what the method trains."""
 
+from __future__ import annotations
+
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +18,6 @@ from torch.nn.functional import normalize
 
 from . import ops
 from .data.features import FeatureBatch
-from .data.loader import StudyLoader
 from .distributed import gathered, ranks, total
 from .errors import DataError
 from .evaluation.retrieval import retrieval_scores
@@ -30,6 +32,9 @@ from .objectives import collapse
 from .presets import TowerTraining
 from .recipe import Optimization
 from .study import Embeddings, StudyBatch
+
+if TYPE_CHECKING:  # which needs DALI
+    from .data.loader import StudyLoader
 
 _ALARM_PATIENCE = 5
 _UNSEEN = 16  # pixels a side

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 from clinvla_fast import ClinVLA, Recipe, StudyBatch, ops
 from clinvla_fast.data.tokenizer import train_tokenizer
 from clinvla_fast.modeling.towers import make_tiny_text, make_tiny_vision, save_text, save_vision
-from training.pretrain import main as pretrain
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
@@ -98,6 +97,8 @@ def make_batch() -> Callable[..., StudyBatch]:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small finished run of the main job, as tests/training/test_pretrain.py repeats it."""
+    from training.pretrain import main as pretrain  # needs DALI, which not every machine with a GPU has
+
     out = tmp_path_factory.mktemp("run") / "first"
     sizes = [
         "--patients",

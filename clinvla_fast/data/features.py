@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -30,8 +30,10 @@ from ..modeling.packing import Packing
 from ..run import replacing, write_json
 from ..study import StudyBatch
 from .epochs import Epochs
-from .loader import StudyLoader
 from .shards import empty_or_absent
+
+if TYPE_CHECKING:  # which needs DALI
+    from .loader import StudyLoader
 
 _FORMAT = 1
 _SIDES = "image", "text"
