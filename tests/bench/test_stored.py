@@ -51,8 +51,9 @@ def git(folder: Path, *arguments: str) -> None:
 def checkout(tmp_path) -> Path:
     """A repository with what judges benchmarks, and some that find what they are told to."""
     (tmp_path / "bench").mkdir()
-    for name in ("__init__", "conftest", "measure", "stored"):
-        shutil.copy(ROOT / "bench" / f"{name}.py", tmp_path / "bench")
+    for path in (ROOT / "bench").glob("*.py"):
+        if not path.name.startswith("test_"):
+            shutil.copy(path, tmp_path / "bench")
     (tmp_path / "bench" / "test_area.py").write_text(BENCHMARKS)
     (tmp_path / "pyproject.toml").write_text(
         '[tool.pytest.ini_options]\npythonpath = ["."]\naddopts = "--import-mode=importlib -p no:cacheprovider"\n'
