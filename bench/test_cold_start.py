@@ -1,0 +1,54 @@
+"""What one waits for before the first result: importing, a first step, compiling."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+from torch._inductor.utils import fresh_cache
+
+from bench.measure import Ratio
+from bench.phantoms import TINY, phantoms, tiny_model
+from bench.stored import ROOT
+from bench.towers import Batch, our_towers, plain_towers
+from clinvla_fast.pretraining import compile_tower_blocks
+
+PROCESSES = 5
+NOISE = 0.1
+"""Share by which a time of compiling is off: it takes too long for more than one turn."""
+
+
+def test_import_and_first_step(measured, tmp_path):
+    """The libraries are imported first, in the same processes: 1 means that this package adds nothing to them."""
+    tiny_model(phantoms(TINY)).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "bench.cold_start", str(tmp_path / "model")]
+    found = [
+        json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout) for _ in range(PROCESSES)
+    ]
+    times = {name: [of[name] for of in found] for name in found[0]}
+    both = [sum(pair) for pair in zip(times["libraries"], times["ours"], strict=True)]
+    measured.faster("libraries alone, of the import", times["libraries"], both)
+    measured.faster("a steady step, of the first one", times["steady"], times["first"])
+
+
+def seconds_to_compile(run: Callable[[], object]) -> float:
+    """Of a first call, without what an earlier one has left on disk."""
+    torch._dynamo.reset()
+    with fresh_cache(), torch.no_grad():
+        start = perf_counter()
+        run()
+        return perf_counter() - start
+
+
+def test_compile(measured):
+    """The image tower of the published size: one block for all twelve, against a ViT as a whole."""
+    plain, batch = plain_towers().eval(), Batch.of(1)
+    ours = our_towers(plain, torch.float32, adapters=True).eval()["vision"]
+    compile_tower_blocks(ours, None)
+    pixels = batch.pixels
+    seconds_to_compile(lambda: torch.compile(torch.sin)(pixels))  # what the compiler itself takes to begin
+    whole = seconds_to_compile(lambda: torch.compile(plain["vit"].forward_features)(pixels))
+    blocks = seconds_to_compile(lambda: ours(batch.images, batch.present))
+    measured.ratio("than a whole ViT", Ratio(whole / blocks, NOISE * whole / blocks))
