@@ -4,7 +4,7 @@ A picture is drawn when its results are there. Of a CPU only shares and ratios a
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def waterfall(stored: dict[str, Results]) -> Figure | None:
         steps = sorted(ratios.items(), key=lambda step: int(step[0].split()[0]))
         values = [ratio["value"] for _, ratio in steps]
         bars(axes, [name.partition(" ")[2] for name, _ in steps], values, [ratio["noise"] for _, ratio in steps])
-        axes.set_title(test.partition("[")[2].rstrip("]"), fontsize=10)
+        axes.set_title(test.removeprefix("test_").replace("_", " "), fontsize=10)
     figure.tight_layout()
     return figure
 
@@ -87,4 +87,29 @@ def bars(axes: Axes, names: list[str], values: list[float], noise: list[float]) 
     axes.set_xlabel("times faster than the plain way")
 
 
-PICTURES = {"roofline": roofline, "waterfall": waterfall}
+def against_batch(figure_name: str, unit: str, scale: float) -> Callable[[dict[str, Results]], Figure | None]:
+    """Draws a figure that has a value for each batch and way of running it."""
+
+    def picture(stored: dict[str, Results]) -> Figure | None:
+        tests = (of.get("figures", {}) for results in stored.values() for of in results.values())
+        found = next((figures[figure_name] for figures in tests if figure_name in figures), None)
+        if found is None:
+            return None
+        figure, axes = plt.subplots(figsize=(6.5, 4))
+        for name in found[max(found, key=int)]:
+            points = [(int(batch), scale * of[name]) for batch, of in found.items() if name in of]
+            axes.plot(*zip(*points, strict=True), "o-", ms=4, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="studies", ylabel=unit)
+        axes.legend(fontsize=8, frameon=False)
+        axes.grid(alpha=0.3, which="both")
+        return figure
+
+    return picture
+
+
+PICTURES = {
+    "roofline": roofline,
+    "waterfall": waterfall,
+    "memory": against_batch("peak_bytes_by_batch", "GB held at most in a pretraining step", 1e-9),
+    "latency": against_batch("seconds_by_batch", "ms", 1e3),
+}

@@ -65,8 +65,16 @@ def test_pictures_of_what_is_there(tmp_path):
     device.mkdir()
     assert not list(pictures.draw(device, tmp_path / "out"))
     ratios = {f"{n} step {n}": {"value": n, "noise": 0.1, "runs": [n]} for n in (1, 2, 10)}
-    (device / "waterfall.json").write_text(json.dumps({"results": {"test_waterfall[inference]": {"ratios": ratios}}}))
+    (device / "waterfall.json").write_text(json.dumps({"results": {"test_encoding": {"ratios": ratios}}}))
     figures = {"flops": 100, "bytes": 10, "of_matrix_rate": 0.5, "of_bandwidth": 0.5}
     (device / "kernels.json").write_text(json.dumps({"results": {"test_speed[one]": {"figures": figures}}}))
     drawn = {path.name for path in pictures.draw(device, tmp_path / "out")}
     assert drawn == {"device-waterfall.png", "device-roofline.png"}
+
+
+def test_what_grows_with_the_batch_is_drawn_for_each_way(tmp_path):
+    peaks = {"1": {"ours": 10**9}, "256": {"ours": 10**10, "plain": 4 * 10**10}}
+    stored = {"towers": {"test_memory": {"figures": {"peak_bytes_by_batch": peaks}}}}
+    (axes,) = pictures.PICTURES["memory"](stored).axes
+    lines = {line.get_label(): [*zip(*line.get_data(), strict=True)] for line in axes.lines}
+    assert lines == {"ours": [(1, 1.0), (256, 10.0)], "plain": [(256, 40.0)]}
