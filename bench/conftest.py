@@ -1,12 +1,12 @@
 """What a benchmark finds, held to what was found before: the fixture `measured`, `--store`, and the table at the end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from bench import stored
+from bench import peers, stored
 from bench.measure import Ratio, Run, Times, faster, turns
 
 
@@ -77,6 +77,18 @@ def measured(request: pytest.FixtureRequest, benchmark: Any) -> Measured:
     found = Measured(module, request.node.name, request.node.get_closest_marker("gpu") is not None, benchmark)
     request.config.stash[FOUND].append(found)
     return found
+
+
+@pytest.fixture
+def peer(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Skips a test whose peer, a package of bench/peers.py, is missing, and tells so at the end."""
+
+    def need(package: str) -> None:
+        if why := peers.missing(package):
+            request.config.stash[MISSING][package] = why
+            pytest.skip(f"missing peer {package}: {why}")
+
+    return need
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,71 +1,67 @@
-"""The losses of clinvla_fast.losses on a CPU against what they take the place of: dense logits, the loop over captions.
+"""The losses of clinvla_fast.losses on a CPU against what they take the place of, at its sizes, forward and backward:
+open_clip's own, which are equal, and GLoRIA's loop over captions."""
 
-Both are run forward and backward in turns, in one process, in the sizes that open_clip and GLoRIA have; the ratio of
-their medians is recorded, and nothing is asserted of a CPU, which others may share. The slow forms are written here
-from the formulas.
-"""
-
-import platform
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from measure import times_faster
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from clinvla_fast.losses import ClipLoss, local_loss
-
-
-def dense(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    logits, own = scale * image @ text.T, torch.arange(len(image))
-    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
-
-
-def caption_loop(image: Tensor, text: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    regions, columns, maps = image.flatten(2), [], []
-    for j, length in enumerate(lengths):
-        words = text[j, :, :length].expand(len(image), -1, -1)
-        attention = torch.bmm(regions.mT, words).softmax(2)
-        attention = (4 * attention).softmax(1)
-        similarity = torch.cosine_similarity(words, torch.bmm(regions, attention), dim=1)
-        columns.append(10 * torch.logsumexp(5 * similarity, 1))
-        maps.append(attention[j].T.unflatten(1, image.shape[2:])[None])
-    logits, own = torch.stack(columns, 1), torch.arange(len(image))
-    return cross_entropy(logits, own), cross_entropy(logits.T, own), maps
+from bench.measure import peak_memory
+from bench.operations import TAUS, caption_loop
+from clinvla_fast import losses
 
 
 def step(loss: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss(*inputs), inputs)
+    """The loss, and its gradients by the inputs."""
+    out = loss(*inputs)
+    return out, *torch.autograd.grad(out, inputs)
 
 
-def compare(benchmark, slow: Callable[[], object], fast: Callable[[], object], rounds: int, **figures) -> None:
-    """Record the median time of `slow` over that of `fast`, after a first turn that is not counted."""
-    benchmark.extra_info.update(
-        figures, times_faster=times_faster(slow, fast, rounds), device="cpu", threads=torch.get_num_threads(),
-        torch=torch.__version__, machine=platform.machine(),
-    )  # fmt: skip
-    benchmark.pedantic(fast, rounds=1)
+def compare(measured, theirs: Callable[..., Tensor], ours: Callable[..., Tensor], inputs: list[Tensor], rounds: int):
+    runs = {"theirs": partial(step, theirs, inputs), "ours": partial(step, ours, inputs)}
+    for actual, right in zip(runs["ours"](), runs["theirs"](), strict=True):
+        assert (actual - right).norm() <= 1e-4 * right.norm()
+    taken = measured.turns(runs, rounds)
+    peaks = {name: peak_memory(run) for name, run in runs.items()}
+    measured.faster("time", taken["theirs"], taken["ours"])
+    measured.ratio("memory", peaks["theirs"] / peaks["ours"])
+    measured.figure("peak_bytes", peaks)
 
 
-@pytest.mark.parametrize("batch", [256, 4096])
-def test_clip(benchmark, batch):
+@pytest.mark.parametrize("pairs", [256, 1024, 4096])
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+def test_open_clip(measured, peer, name, pairs):
+    """Of features as its models give them, before they are normalised: that is part of a step."""
+    peer("open_clip_torch")
+    from open_clip import loss as open_clip_loss
+
     torch.manual_seed(0)
-    inputs = [normalize(x, dim=1).requires_grad_() for x in torch.randn(2, batch, 512)]
-    inputs.append(torch.tensor(1 / 0.07, requires_grad=True))
-    compare(
-        benchmark, partial(step, dense, inputs), partial(step, ClipLoss(), inputs), 20_000 // batch + 3, batch=batch
-    )
+    inputs = [x.requires_grad_() for x in torch.randn(2, pairs, 512)]
+    inputs += [torch.tensor(x, requires_grad=True) for x in ((1 / 0.07,), (10.0, -10.0))[name == "SigLipLoss"]]
+
+    def of(loss: nn.Module) -> Callable[..., Tensor]:
+        return lambda image, text, *scalars: loss(normalize(image, dim=1), normalize(text, dim=1), *scalars)
+
+    theirs, ours = (of(getattr(module, name)()) for module in (open_clip_loss, losses))
+    compare(measured, theirs, ours, inputs, rounds=max(7, 10_000 // pairs))
 
 
-@pytest.mark.parametrize("batch", [8, 32])
-def test_gloria_local(benchmark, batch):
+@pytest.mark.parametrize("studies", [8, 16])
+def test_gloria_local(measured, studies):
     torch.manual_seed(0)
-    inputs = [torch.randn(batch, 768, 19, 19, requires_grad=True), torch.randn(batch, 768, 97, requires_grad=True)]
-    lengths = torch.randint(10, 98, (batch,)).tolist()
+    inputs = [torch.randn(studies, 768, 19, 19), torch.randn(studies, 768, 97)]
+    lengths = torch.randint(10, 98, (studies,))
+    mask, own = torch.arange(97) < lengths[:, None], torch.arange(studies)
+    regions = torch.ones(studies, 19 * 19, dtype=torch.bool)
 
-    def of(form: Callable[..., tuple]) -> Callable[..., Tensor]:
-        return lambda image, text: sum(form(image, text, lengths)[:2])
+    def loop(image: Tensor, text: Tensor) -> Tensor:
+        logits = caption_loop(image.flatten(2).mT, regions, text.mT, mask, *TAUS)
+        return cross_entropy(logits, own) + cross_entropy(logits.mT, own)
 
-    compare(benchmark, partial(step, of(caption_loop), inputs), partial(step, of(local_loss), inputs), 5, batch=batch)
+    def ours(image: Tensor, text: Tensor) -> Tensor:
+        return sum(losses.local_loss(image, text, lengths)[:2])
+
+    compare(measured, loop, ours, [x.requires_grad_() for x in inputs], rounds=5)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bench.fake_memory import peak_memory_of_fake
 from bench.measure import Run, peak_memory
 from bench.towers import (
+    LENGTHS,
     Batch,
     compiled,
     our_encoding,
@@ -85,7 +86,7 @@ def test_encoding_a_study(measured, plain, fast):
     for towers in (by_inductor, swapped):
         assert_same(plain_encoding(towers, batch), right, batch, torch.float32)
     runs["compiled"], runs["accelerated"] = (partial(plain_encoding, x, batch) for x in (by_inductor, swapped))
-    taken = measured.turns(runs | {"ours": runs["ours float32"]}, rounds=12)
+    taken = measured.turns(runs | {"ours": runs["ours float32"]}, rounds=11)
     measured.faster("float32", taken["plain float32"], taken["ours float32"], least=2.4)
     measured.faster("float32 than compiled", taken["compiled"], taken["ours float32"])
     measured.faster("accelerate alone", taken["plain float32"], taken["accelerated"])
@@ -95,21 +96,21 @@ def test_encoding_a_study(measured, plain, fast):
 
 
 @pytest.mark.parametrize(
-    ("masked", "words"), [(True, None), (False, 128)], ids=["a quarter of the patches", "a report of 128 words"]
+    ("masked", "lengths"), [(True, LENGTHS), (False, (128,))], ids=["a quarter of the patches", "a report of 128 words"]
 )
 @torch.inference_mode()
-def test_encoding_less_or_more_of_a_study(measured, plain, fast, masked, words):
-    batch = Batch.of(1, words=words)
-    taken = measured.turns(encodings(plain, fast, batch, batch.kept() if masked else None), rounds=9)
-    for dtype in DTYPES:
-        measured.faster(named(dtype), taken[f"plain {named(dtype)}"], taken[f"ours {named(dtype)}"])
+def test_encoding_less_or_more_of_a_study(measured, plain, fast, masked, lengths):
+    """In the dtype that a CPU computes in, here and below."""
+    batch = Batch.of(1, lengths=lengths)
+    runs = encodings(plain, {DTYPE: fast[DTYPE]}, batch, batch.kept() if masked else None)
+    taken = measured.turns(runs, rounds=9)
+    measured.faster(named(DTYPE), taken[f"plain {named(DTYPE)}"], taken[f"ours {named(DTYPE)}"])
 
 
 @torch.inference_mode()
 def test_encoding_eight_studies(measured, plain, fast):
-    """In the dtype that a CPU computes in; reports of real lengths."""
-    batch = Batch.of(8)
-    taken = measured.turns(encodings(plain, {DTYPE: fast[DTYPE]}, batch), rounds=5)
+    """Reports of real lengths."""
+    taken = measured.turns(encodings(plain, {DTYPE: fast[DTYPE]}, Batch.of(8)), rounds=5)
     measured.faster(named(DTYPE), taken[f"plain {named(DTYPE)}"], taken[f"ours {named(DTYPE)}"])
 
 
@@ -149,38 +150,35 @@ def training_ways(plain: nn.ModuleDict) -> dict[str, Step]:
     }
 
 
-def peaks(ways: dict[str, Step], studies: int, masked: bool = True) -> dict[str, int]:
-    batch = Batch.of(studies)
-    kept = batch.kept() if masked else None
-    return {name: peak_memory_of_fake(step, towers, batch, kept) for name, (step, towers) in ways.items()}
-
-
 def test_frozen_against_end_to_end(measured, plain):
-    """The experiment of surveys of adapters: what freezing alone gives, of a quarter of the patches."""
-    ways, batch = training_ways(plain), Batch.of(4)
-    taken = measured.turns({name: partial(*way, batch, batch.kept()) for name, way in ways.items()}, rounds=5)
-    held = peaks(ways, 256)
-    for code, frozen in (("plain", "plain frozen"), ("ours", "ours")):
-        end_to_end = f"{code} end to end"
-        measured.faster(f"{code}: time", taken[end_to_end], taken[frozen])
-        measured.ratio(f"{code}: memory of 256 studies", held[end_to_end] / held[frozen])
+    """The experiment of surveys of adapters: what freezing alone gives, of a quarter of the patches of 4 studies."""
+    batch = Batch.of(4)
+    kept = batch.kept()
+    runs = {name: partial(step, towers, batch, kept) for name, (step, towers) in training_ways(plain).items()}
+    taken = measured.turns(runs, rounds=5)
+    measured.faster("plain", taken["plain end to end"], taken["plain frozen"])
+    measured.faster("ours", taken["ours end to end"], taken["ours"])
     measured.faster("ours than plain, frozen", taken["plain frozen"], taken["ours"])
-    measured.figure("peak_bytes_of_256_studies", held)
 
 
 def test_memory_of_a_pretraining_step(measured, plain):
     """Activations, gradients and optimizer states, in bfloat16 where a CPU has it; counted, as a batch of 256 is too
     large for a test. Of small towers they are measured too, and are as counted."""
-    small, batch = training_ways(plain_towers("vit_tiny_patch16_224", 192)), Batch.of(12)
+    small, batch = training_ways(plain_towers("vit_tiny_patch16_224", width=192, depth=4)), Batch.of(16)
     whole = (*small["plain end to end"], batch, None)
     for step, *given in (*((*way, batch, batch.kept()) for way in small.values()), whole):
         assert peak_memory_of_fake(step, *given) == pytest.approx(peak_memory(partial(step, *given)), rel=0.01)
-    end_to_end = partial(autocast, plain_step), plain.train()
-    ours, by_batch = (our_step, our_towers(plain, DTYPE, True)), {}
+
+    ways, held = training_ways(plain), {}
     for studies in BATCHES:
-        masked = peaks({"ours": ours, "masked": end_to_end}, studies)
-        by_batch[str(studies)] = masked | {"whole": peaks({"whole": end_to_end}, studies, masked=False)["whole"]}
-    held = by_batch["256"]
-    measured.ratio("less than whole", held["whole"] / held["ours"], least=3)
-    measured.ratio("less than masked", held["masked"] / held["ours"])
-    measured.figure("peak_bytes_by_batch", by_batch)
+        batch = Batch.of(studies)
+        kept, end_to_end = batch.kept(), ways["plain end to end"]
+        curves = ways if studies == max(BATCHES) else {name: ways[name] for name in ("ours", "plain end to end")}
+        peaks = {name: peak_memory_of_fake(*way, batch, kept) for name, way in curves.items()}
+        held[str(studies)] = peaks | {"plain whole": peak_memory_of_fake(*end_to_end, batch, None)}
+    of = held[str(max(BATCHES))]
+    measured.ratio("less than whole", of["plain whole"] / of["ours"], least=3)
+    measured.ratio("less than masked", of["plain end to end"] / of["ours"])
+    measured.ratio("frozen, plain", of["plain end to end"] / of["plain frozen"])
+    measured.ratio("frozen, ours", of["ours end to end"] / of["ours"])
+    measured.figure("peak_bytes_by_batch", held)

@@ -43,17 +43,16 @@ class Batch:
     packing: Packing | None = None
 
     @classmethod
-    def of(cls, studies: int, device: str = "cpu", words: int | None = None) -> "Batch":
-        """Random pixels and words; reports of real lengths, few of them all of the mean; or of so many words each."""
+    def of(cls, studies: int, device: str = "cpu", lengths: tuple[int, ...] = LENGTHS) -> "Batch":
+        """Random pixels and words; reports of these lengths in turn, of their mean where studies are fewer."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (studies, VIEWS, 224, 224), generator=generator, dtype=torch.uint8)
         drawn = torch.randint(1000, 20000, (studies, PADDED), generator=generator).to(device)
         present = torch.ones(studies, VIEWS, dtype=torch.bool, device=device)
-        if words is None and studies < len(LENGTHS):
-            words = sum(LENGTHS) // len(LENGTHS)
-        lengths = torch.tensor((LENGTHS * studies)[:studies] if words is None else [words] * studies)
-        batch = cls(images.to(device), present, drawn, lengths)
-        batch.tokens, batch.packing = drawn[batch.mask], Packing.of(lengths, device)
+        if studies < len(lengths):
+            lengths = (sum(lengths) // len(lengths),)
+        batch = cls(images.to(device), present, drawn, torch.tensor((lengths * studies)[:studies]))
+        batch.tokens, batch.packing = drawn[batch.mask], Packing.of(batch.lengths, device)
         return batch
 
     @property
@@ -70,12 +69,12 @@ class Batch:
         return ops.draw_kept_patches(self.present, PATCHES, PATCHES // 4, seed=0)[0]
 
 
-def plain_towers(vit: str = "vit_base_patch16_224", width: int = 768) -> nn.ModuleDict:
-    """A ViT and a BERT of this width, 12 blocks each."""
+def plain_towers(vit: str = "vit_base_patch16_224", width: int = 768, depth: int = 12) -> nn.ModuleDict:
+    """A ViT, and a BERT of the same width and depth."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
-    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    image = timm.create_model(vit, num_classes=0, global_pool="token")
+    sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 64}
+    config = BertConfig(**sizes, intermediate_size=4 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    image = timm.create_model(vit, depth=depth, num_classes=0, global_pool="token")
     return nn.ModuleDict({"vit": image, "bert": BertModel(config, add_pooling_layer=False)})
 
 
