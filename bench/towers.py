@@ -82,13 +82,13 @@ def our_towers(
     plain: nn.ModuleDict, dtype: torch.dtype, adapters: bool, trained: tuple[Trained, ...] = ()
 ) -> nn.ModuleDict:
     """Of a copy of the plain ones' weights, frozen but for what is `trained`."""
-    towers = copy.deepcopy(plain)
+    towers, device = copy.deepcopy(plain), next(plain.parameters()).device
     vision, text = VisionTower(towers["vit"], MEAN, STD), TextTower(towers["bert"])
     for tower, frozen in ((vision, vision.vit), (text, text.bert)):
         freeze(frozen, dtype, trained)
         if adapters:
             tower.add_adapters(Recipe())
-    return accelerate(nn.ModuleDict({"vision": vision, "text": text}))
+    return accelerate(nn.ModuleDict({"vision": vision, "text": text}).to(device))
 
 
 class _Adapted(nn.Module):
@@ -112,7 +112,7 @@ def with_plain_adapters(plain: nn.ModuleDict) -> nn.ModuleDict:
         block.mlp = _Adapted(block.mlp, towers["vit"].embed_dim)
     for layer in towers["bert"].encoder.layer:
         layer.output.dense = _Adapted(layer.output.dense, towers["vit"].embed_dim)
-    return towers
+    return towers.to(next(plain.parameters()).device)
 
 
 def compiled(plain: nn.ModuleDict) -> nn.ModuleDict:
