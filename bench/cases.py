@@ -7,12 +7,13 @@ standard input, {"make": NAME} or {"turn": CALLS}, an answer is a line on standa
 {"error": why there is none}. What a revision lacks must be met within a case: only there is it the case's reason.
 """
 
+import copy
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -40,13 +41,13 @@ def encoding(device: str) -> Run:
     from bench.towers import Batch, our_encoding, our_towers, plain_towers
     from clinvla_fast.modeling.frozen import compute_dtype
 
-    towers = our_towers(plain_towers().eval().to(device), compute_dtype(torch.device(device)), adapters=True)
-    return torch.no_grad()(partial(our_encoding, towers.to(device), Batch.of(2 if device == "cpu" else 64, device)))
+    towers = our_towers(plain_towers().eval(), compute_dtype(torch.device(device)), adapters=True).to(device)
+    return torch.no_grad()(partial(our_encoding, towers, Batch.of(2 if device == "cpu" else 64, device)))
 
 
 def pretraining_step(device: str) -> Run:
     """Of the tiny preset."""
-    model, loader = _tiny(device)
+    model, loader = copy.deepcopy(_tiny()[0]).to(device), _tiny_loader("cpu")
     batch = next(iter(loader)).to(device)
 
     def step() -> None:
@@ -57,19 +58,25 @@ def pretraining_step(device: str) -> Run:
 
 
 def a_pass(device: str) -> Run:
-    """Of the loader over what it has decoded, and has not."""
-    _, loader = _tiny(device)
+    """Of the loader, which decodes all films."""
+    loader = _tiny_loader("cpu" if device == "cpu" else "gpu")
     return lambda: sum(len(batch) for batch in loader)
 
 
-def _tiny(device: str) -> tuple:
-    from bench.phantoms import TINY, phantoms, tiny_model
+def _tiny_loader(device: str) -> Iterable:
     from clinvla_fast.data.loader import StudyLoader
 
-    data = phantoms(TINY, patients=60)
-    model, on = tiny_model(data).to(device), "cpu" if device == "cpu" else "gpu"
+    model, data = _tiny()
     sizes = {"image_size": model.vision.image_size, "max_tokens": model.max_tokens, "batch_size": 32}
-    return model, StudyLoader(data, "train", model.tokenizer, train=True, device=on, cache="off", **sizes)
+    return StudyLoader(data, "train", model.tokenizer, train=True, device=device, cache="off", **sizes)
+
+
+def _tiny() -> tuple:
+    """The model, and where its studies are."""
+    from bench.phantoms import TINY, phantoms, tiny_model
+
+    data = phantoms(TINY, patients=60)
+    return tiny_model(data), data
 
 
 def clip_loss(device: str) -> Run:
