@@ -26,6 +26,8 @@ from bench.stored import ROOT, table
 
 TURN = 0.05
 """Seconds that a turn takes at least, of as many calls as that needs."""
+ALIKE = 0.02
+"""What two processes that run the same code can differ by, whatever their turns say of noise."""
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 """Lets a process keep what it frees. Else, whether a call gets its memory from Linux anew depends on what was allocated
 before it, and moves the same code by a fifth, in all turns alike."""
@@ -48,7 +50,7 @@ class Result:
     def verdict(self) -> str:
         if self.ratio is None:
             return self.reason
-        if abs(self.ratio.value - 1) <= self.ratio.noise:
+        if abs(self.ratio.value - 1) <= self.ratio.noise + ALIKE:
             return ""
         return "FASTER" if self.ratio.value > 1 else "SLOWER"
 
