@@ -122,7 +122,7 @@ def test_encoding(measured, plain, encoders, masked, lengths):
         seconds[str(studies)] = {name: median(times) for name, times in taken.items()}
         peaks[str(studies)] = {name: peak_memory_on_gpu(run) for name, run in runs.items()}
     measured.figure("seconds_by_batch", seconds)
-    measured.figure("peak_bytes_by_batch", peaks)
+    measured.figure("peak_bytes_of_encoding", peaks)
 
 
 def test_latency_of_one_study(measured, tmp_path):
