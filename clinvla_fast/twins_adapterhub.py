@@ -1,16 +1,21 @@
-"""Fast twins for two modules of AdapterHub's package `adapters` (Poth et al. 2023), where a model has them.
+"""Fast twins for three modules of AdapterHub's package `adapters` (Poth et al. 2023), where a model has them.
 
-Its bottleneck adapter with neither norms, gates nor stochastic depth, and its NICE coupling where that is MAD-X's
+The linear layers that it puts in the place of a model's own, with LoRA or without; its bottleneck adapter with neither norms, gates nor stochastic depth, and its NICE coupling where that is MAD-X's
 invertible adapter: ReLU, equal halves, no condition. All others stay as they are, as do parallel adapters.
 """
 
 import torch
+from adapters.methods.lora import LoRALinearTorch
 from adapters.methods.modeling import Adapter, NICECouplingBlock
 from torch import Tensor, nn
 
 from . import ops
 from .kernels import onednn
-from .twins import _exact_gelu, _plain
+from .twins import FastLinear, _exact_gelu, _plain
+
+
+class FastLoRALinear(LoRALinearTorch, FastLinear):
+    """AdapterHub's Linear: what it calls as nn.Linear's forward is FastLinear's."""
 
 
 class FastAdapter(Adapter):
@@ -62,6 +67,7 @@ def _coupling_fits(m: NICECouplingBlock) -> bool:
 
 # As `_TWINS` of twins.py.
 TWINS = {
+    LoRALinearTorch: (FastLoRALinear, lambda layer: True),
     Adapter: (FastAdapter, _adapter_fits),
     NICECouplingBlock: (FastNICECouplingBlock, _coupling_fits),
 }

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 adapters = pytest.importorskip("adapters", exc_type=ImportError)
+from adapters.methods.lora import LoRALinearTorch  # noqa: E402
 from adapters.methods.modeling import Adapter, NICECouplingBlock  # noqa: E402
 from transformers import BertConfig, BertModel  # noqa: E402
 
 from clinvla_fast.twins import accelerate, restore  # noqa: E402
-from clinvla_fast.twins_adapterhub import FastAdapter, FastNICECouplingBlock  # noqa: E402
+from clinvla_fast.twins_adapterhub import FastAdapter, FastLoRALinear, FastNICECouplingBlock  # noqa: E402
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96, "vocab_size": 99}
 TAKEN = {  # settings, and how many adapters and couplings are swapped
@@ -90,6 +91,29 @@ def test_results_keys_and_the_way_back(case, training):
     for back in (twin, model):
         assert [type(m) for m in back.modules()] == classes
         torch.testing.assert_close(_results(back), before, rtol=0, atol=0)
+
+
+LINEAR = {
+    "no lora": adapters.SeqBnConfig(),
+    "lora": adapters.LoRAConfig(r=4, alpha=2, intermediate_lora=True),
+    "gated": adapters.LoRAConfig(r=4, use_gating=True),
+    "ia3": adapters.IA3Config(),
+}
+
+
+@pytest.mark.parametrize("case", LINEAR)
+def test_linear_layers_with_lora_and_without(case):
+    model = _model(LINEAR[case])
+    layers, before, plain = _count(model, LoRALinearTorch), _results(model), copy.deepcopy(model)
+    accelerate(model)
+    assert layers and (_count(model, FastLoRALinear), _count(model, LoRALinearTorch)) == (layers, 0)
+    _assert_same(_results(model), before)
+    if case == "lora":
+        for merged in (plain, model):
+            merged.merge_adapter("one")
+        torch.testing.assert_close(*(merged(**_words()).last_hidden_state for merged in (model, plain)))
+    restore(model)
+    assert _count(model, LoRALinearTorch) == layers
 
 
 @pytest.mark.parametrize("case", LEFT)
