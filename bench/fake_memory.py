@@ -8,6 +8,7 @@ import copy
 import weakref
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,10 @@ class _Held(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for x in _tensors((args, kwargs)):  # was there before, or was returned by an operator
             self.known.setdefault(x.untyped_storage(), True)
+        if (
+            func is torch.ops.aten._local_scalar_dense.default
+        ):  # whether a mask is all true, asks transformers 4: it may not be
+            return False
         out = func(*args, **(kwargs or {}))
         for x in _tensors(out):
             storage = x.untyped_storage()

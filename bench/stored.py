@@ -25,7 +25,10 @@ from clinvla_fast.versions import versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PACKAGES = ("torch", "triton", "timm", "transformers", "xformers", "nvidia-dali-cuda120", "faiss-cpu")
+PACKAGES = (
+    *("torch", "triton", "timm", "transformers", "xformers", "nvidia-dali-cuda120", "faiss-cpu"),
+    *("adapters", "open_clip_torch", "hi-ml-multimodal"),
+)
 KEPT_RUNS = 5
 WORSE = 0.9
 """A ratio may fall to this share of what is stored, and by the noise of both beyond that."""

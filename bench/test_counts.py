@@ -146,6 +146,7 @@ def test_operators_of_a_forward_pass_are_as_many_as_they_were(operators):
     assert not (told := differences(operators, TABLE["operators"])), told
 
 
+@VERSIONS
 def test_adapters_take_fewer_operators_than_plain_towers_without(operators):
     assert operators["ours, with adapters, float32"] < operators["timm and transformers"]
 

@@ -1,7 +1,8 @@
 """Fast twins for three modules of AdapterHub's package `adapters` (Poth et al. 2023), where a model has them.
 
-The linear layers that it puts in the place of a model's own, with LoRA or without; its bottleneck adapter with neither norms, gates nor stochastic depth, and its NICE coupling where that is MAD-X's
-invertible adapter: ReLU, equal halves, no condition. All others stay as they are, as do parallel adapters.
+The linear layers that it puts in the place of a model's own, with LoRA or without; its bottleneck adapter with neither
+norms, gates nor stochastic depth; and its NICE coupling where that is MAD-X's invertible adapter: ReLU, equal halves,
+no condition. All others stay as they are, as do parallel adapters.
 """
 
 import torch

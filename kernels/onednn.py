@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _WORTH_A_CALL = 10_000_000  # FLOPs: oneDNN's call of 20 microseconds is then made up for
+_LOOKED_AT = 8  # rows of a frozen weight, and columns, at least where there are as many
 _ROWS = 512  # for which a weight is packed: how many there are matters little
 _DTYPES: tuple[torch.dtype, ...] = ()
 if torch.backends.mkldnn.is_available():
@@ -82,13 +83,18 @@ _packs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _packed(weight: Tensor) -> Tensor:
-    """A frozen weight as oneDNN wants it, packed once (again if it was written to); it goes when the weight goes."""
+    """A frozen weight as oneDNN wants it, packed once (again if it was written to); it goes when the weight goes.
+
+    What is written through `.data` has no version: that is told by some of the elements, as by averages or a merged
+    adapter, which change them all.
+    """
     version = 0 if weight.is_inference() else weight._version
+    some = weight.detach()[tuple(slice(None, None, max(1, size // _LOOKED_AT)) for size in weight.shape)]
     known = _packs.get(weight)
-    if known is None or known[0] != version:
-        known = version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+    if known is None or known[0] != version or not torch.equal(known[1], some):
+        known = version, some.clone(), torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
         _packs[weight] = known
-    return known[1]
+    return known[2]
 
 
 def _save(ctx, inputs, output):
