@@ -27,10 +27,8 @@ class _Held(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for x in _tensors((args, kwargs)):  # was there before, or was returned by an operator
             self.known.setdefault(x.untyped_storage(), True)
-        if (
-            func is torch.ops.aten._local_scalar_dense.default
-        ):  # whether a mask is all true, asks transformers 4: it may not be
-            return False
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return False  # transformers 4 asks whether a mask is all true
         out = func(*args, **(kwargs or {}))
         for x in _tensors(out):
             storage = x.untyped_storage()

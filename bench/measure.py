@@ -11,7 +11,7 @@ import torch
 Run = Callable[[], object]
 Times = dict[str, list[float]]
 """Seconds of each run, a turn each."""
-LEAST, LONGEST = 3, 10.0
+LEAST, LONGEST = 3, 8.0
 """Turns that there are in any case, and seconds after which there are no more than those."""
 
 
@@ -23,12 +23,12 @@ class Ratio:
     noise: float = 0.0
 
 
-def turns(runs: dict[str, Run], rounds: int, device: str = "cpu") -> Times:
+def turns(runs: dict[str, Run], rounds: int, device: str = "cpu", longest: float = LONGEST) -> Times:
     """Seconds of each of `runs`, which take turns, after turns that are not counted: one, or two on a GPU, where times
-    are by its own clock. There are fewer than `rounds` where they would take too long."""
+    are by its own clock. There are fewer than `rounds` where they would take `longest` seconds."""
     clock, first = (_seconds, 1) if device == "cpu" else (_seconds_on_gpu, 2)
     times: Times = {name: [] for name in runs}
-    end = time.perf_counter() + LONGEST
+    end = time.perf_counter() + longest
     for turn in range(first + rounds):
         if turn >= first + LEAST and time.perf_counter() > end:
             break

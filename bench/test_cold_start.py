@@ -15,7 +15,7 @@ from bench.stored import ROOT
 from bench.towers import Batch, our_towers, plain_towers
 from clinvla_fast.pretraining import compile_tower_blocks
 
-PROCESSES = 5
+PROCESSES = 3
 NOISE = 0.1
 """Share by which a time of compiling is off: it takes too long for more than one turn."""
 

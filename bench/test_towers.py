@@ -86,7 +86,7 @@ def test_encoding_a_study(measured, plain, fast):
     for towers in (by_inductor, swapped):
         assert_same(plain_encoding(towers, batch), right, batch, torch.float32)
     runs["compiled"], runs["accelerated"] = (partial(plain_encoding, x, batch) for x in (by_inductor, swapped))
-    taken = measured.turns(runs | {"ours": runs["ours float32"]}, rounds=11)
+    taken = measured.turns(runs | {"ours": runs["ours float32"]}, rounds=15, longest=20)
     measured.faster("float32", taken["plain float32"], taken["ours float32"], least=2.4)
     measured.faster("float32 than compiled", taken["compiled"], taken["ours float32"])
     measured.faster("accelerate alone", taken["plain float32"], taken["accelerated"])
