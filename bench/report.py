@@ -156,7 +156,7 @@ def main() -> None:
     if check:
         sys.exit(bool(differs))
     for device in devices():
-        for picture in pictures.draw(device, ROOT / "docs" / "benchmarks"):
+        for picture in pictures.draw(device, ROOT / "docs"):
             print(picture.relative_to(ROOT))
 
 
