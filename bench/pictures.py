@@ -44,7 +44,8 @@ def roofline(stored: dict[str, Results]) -> Figure | None:
         return None
     figure, axes = plt.subplots(figsize=(8, 5))
     balance = max(x * bandwidth / rate for _, x, rate, bandwidth in points)  # FLOPs a byte; all say the same
-    lowest, highest = min(x for _, x, *_ in points) / 2, max(balance, *(x for _, x, *_ in points)) * 2
+    every = [balance, *(x for _, x, *_ in points)]
+    lowest, highest = min(every) / 2, max(every) * 2
     axes.plot([lowest, balance, highest], [lowest / balance, 1, 1], color="black", lw=1)
     for number, (name, x, rate, _) in enumerate(points, 1):
         axes.plot(x, rate, "o", ms=6, label=f"{number}  {name}")
@@ -79,11 +80,12 @@ def bars(axes: Axes, names: list[str], values: list[float], noise: list[float]) 
     colours = ["tab:blue" if b >= a else "tab:red" for a, b in zip(before, values, strict=True)]
     axes.barh(rows, lengths, left=starts, color=colours)
     axes.errorbar(values, rows, xerr=noise, fmt="none", color="black", lw=1, capsize=2)
-    for row, value in zip(rows, values, strict=True):
-        axes.annotate(f"{value:.2f}", (value, row), textcoords="offset points", xytext=(5, -3), fontsize=8)
+    ends = [value + spread for value, spread in zip(values, noise, strict=True)]
+    for row, (value, end) in enumerate(zip(values, ends, strict=True)):
+        axes.annotate(f"{value:.2f}", (end, row), textcoords="offset points", xytext=(5, -3), fontsize=8)
     axes.set_yticks(rows, names, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(values) * 1.15)
+    axes.set_xlim(0, max(ends) * 1.15)
     axes.set_xlabel("times faster than the plain way")
 
 
