@@ -77,7 +77,8 @@ def embed(
     """Embed every study of `source` into the folder `out`, and return its collection.json. `Collection` searches it.
 
     Memory does not grow with the source, but for what PyTorch and oneDNN keep for each of the last 1,024 shapes of
-    batches on a CPU (ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY set fewer). Killed at any time and called again with the same arguments, it goes on after the last whole part and ends with the same bytes.
+    batches on a CPU (ONEDNN_PRIMITIVE_CACHE_CAPACITY and LRU_CACHE_CAPACITY set fewer). Killed at any time and
+    called again with the same arguments, it goes on after the last whole part and ends with the same bytes.
 
     Args:
         model: a ClinVLA or AdaptorModel, on the device to use (it is put in evaluation mode), or what
