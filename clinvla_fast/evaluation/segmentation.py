@@ -27,6 +27,7 @@ from .subject import Progress, Subject
 
 _VIEW = "frontal"  # the first of StudyBatch's
 _WIDTH, _LR = 32, 1e-3  # of the decoder
+_RAREST = 0.01  # of the mean mask: elsewhere few training masks say nothing for sure
 _FEWEST_STEPS = 100  # between two validations
 _THRESHOLDS = torch.cat([torch.arange(1, 20) / 20, torch.ones(1)])  # at the last, nothing is outlined
 _OVERLAYS = 6
@@ -147,6 +148,11 @@ class _Patches:
         patches = torch.from_numpy(self._stored[self._rows[numbers]]).float()
         return _Batch(patches, torch.from_numpy(masks), tuple(study.study_id for study in studies))
 
+    def mean_mask(self) -> Tensor:
+        """How often each pixel is in a mask of the studies that show the label: [side, side]."""
+        masks = sum(batch.masks.sum(0) for batch in self.batches(self.part.subject.batch_size))
+        return masks / max(1, self.shows.sum())
+
     def batches(self, size: int) -> Iterator[_Batch]:
         """All, in order."""
         return map(self.batch, np.array_split(np.arange(len(self)), range(size, len(self), size)))
@@ -183,24 +189,28 @@ class _Epochs:
 
 
 class _Decoder(Stage):
-    """Convolutions on the grid of patches, twice made finer, then as large as the image."""
+    """Convolutions on the grid of patches, twice made finer, then as large as the image. Their result is added to the
+    log-odds of the mean training mask, and is 0 at first."""
 
     name = "decoder"
 
-    def __init__(self, width: int, seed: int):
+    def __init__(self, width: int, mean_mask: Tensor, seed: int):
         super().__init__(seed)
 
         def finer() -> list[nn.Module]:
             return [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1), nn.GELU()]
 
         first = nn.BatchNorm2d(width, affine=False), nn.Conv2d(width, _WIDTH, 1), nn.GELU()
-        self.layers = nn.Sequential(*first, *finer(), *finer(), nn.Conv2d(_WIDTH, 1, 1))
+        last = nn.Conv2d(_WIDTH, 1, 1)
+        nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*first, *finer(), *finer(), last)
+        self.register_buffer("mean", mean_mask.clamp(_RAREST, 1 - _RAREST).logit())
 
     def logits(self, batch: _Batch) -> Tensor:
         """[B, side, side]."""
         side = isqrt(batch.patches.shape[1])
         grid = batch.patches.mT.unflatten(2, (side, side))
-        return interpolate(self.layers(grid), batch.masks.shape[-2:], mode="bilinear")[:, 0]
+        return self.mean + interpolate(self.layers(grid), self.mean.shape, mode="bilinear")[:, 0]
 
     def forward(self, batch: _Batch, seed: int) -> dict[str, Tensor]:
         """Cross-entropy of the pixels, and 1 - Dice of the batch's probabilities."""
@@ -243,15 +253,21 @@ def _train(
     used: _Patches, validate: _Patches, told: Training, seed: int, progress: Progress
 ) -> tuple[_Decoder, dict[str, Any]]:
     size, shows = used.part.subject.batch_size, validate.shows
+
+    def validated() -> float:
+        """The mean of both figures, at their best thresholds."""
+        dice = decoder.dice(validate, size)
+        return float(dice.mean(0).max() + dice[shows].mean(0).max()) / 2
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        decoder = _Decoder(used.batch(np.arange(1)).patches.shape[-1], seed)
+        decoder = _Decoder(used.batch(np.arange(1)).patches.shape[-1], used.mean_mask(), seed)
     decoder.to(used.part.subject.model.device)
     about = train(
         decoder,
         list(decoder.parameters()),
         lambda at: _Epochs(used, min(told.batch_size, len(used)), seed, at),
-        lambda: float(decoder.dice(validate, size)[shows].mean(0).max()),
+        validated,
         told,
         told.lr or _LR,
         progress,
@@ -274,7 +290,7 @@ class _Found:
     @classmethod
     def of(cls, decoder: _Decoder, used: _Patches, validate: _Patches, tested: _Patches) -> "_Found":
         size = used.part.subject.batch_size
-        mean = sum(batch.masks.sum(0, keepdim=True) for batch in used.batches(size)) / max(1, used.shows.sum())
+        mean = used.mean_mask()[None]
         constant = [
             torch.cat([dice_at(mean, batch.masks) for batch in patches.batches(size)]).numpy()
             for patches in (validate, tested)

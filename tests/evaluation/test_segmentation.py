@@ -62,6 +62,8 @@ def test_the_constant_outline_is_the_best_of_training_masks(outlined, squares):
               for of in (squares.train, squares.validate, squares.test)]  # fmt: skip
     found = outlined(*always, told=replace(TOLD, epochs=1), batch_size=7)
     assert found.score(SHOWN).chance == 1
+    first = found.shown["trained"]["100% of labels, seed 0"]["validated first"]
+    assert first == 0.75  # where a decoder starts
     assert found.score(EVERY).chance == 0.5  # outlined in all studies or in none
 
 
