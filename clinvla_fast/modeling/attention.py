@@ -94,6 +94,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None) -> Tensor:
+    if packing is not None and len(packing.mask) == 1 and not isinstance(packing, Grid):
+        return _sdpa(query[None], key[None], value[None], None)[0]  # one sequence has no padding
     if packing is not None:
         query, key, value = (packing.pad(x) for x in (query, key, value))
     mask = None if packing is None else packing.mask[:, None, None]
