@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from bench.operations import LOCAL, TAUS, WIDTH, caption_loop, plain_contrastive
-from bench.towers import LENGTHS, MEAN, PADDED, PATCHES, STD, VIEWS, Batch
+from bench.towers import MEAN, PADDED, PATCHES, STD, VIEWS, Batch, plain_images
 from clinvla_fast import Recipe, accelerate, backend, ops
 from clinvla_fast.kernels.contrastive import symmetric_cross_entropy
 from clinvla_fast.modeling import attention
 from clinvla_fast.modeling.fp8 import float8_refusal, to_float8
 from clinvla_fast.modeling.frozen import compute_dtype, freeze
-from clinvla_fast.modeling.packing import Grid, Packing
+from clinvla_fast.modeling.packing import Grid
 from clinvla_fast.modeling.text import TextTower
 from clinvla_fast.modeling.vision import VisionTower
 from clinvla_fast.pretraining import compile_tower_blocks
@@ -110,9 +110,6 @@ class Run:
     def __init__(self, how: How, plain: nn.ModuleDict, end_to_end: torch.optim.Optimizer):
         self.how, device = how, next(plain.parameters()).device
         self.batch = batch = Batch.of(how.studies, device.type)
-        if how.studies < len(LENGTHS):
-            batch.lengths.fill_(sum(LENGTHS) // len(LENGTHS))
-        self.words, self.packing = batch.words[batch.mask], Packing.of(batch.lengths, device)
         self.grid = Grid.of(batch.lengths.to(device), PADDED)
         self.kept = batch.kept() if how.masked else None
         if how.graph:  # all of them, named: a graph cannot wait to see which views there are
@@ -171,9 +168,9 @@ class Run:
         if self.how.from_pixels:
             views = image(batch.images, batch.present, self.kept)
         else:
-            views = _plain_views(image, batch.pixels, self.kept)
+            views = plain_images(image, batch.pixels, self.kept)
         if self.how.packed:
-            return views, text(self.words, self.packing)
+            return views, text(batch.tokens, batch.packing)
         if isinstance(text, TextTower):
             return views, text(batch.words.flatten(), self.grid)[batch.mask.flatten()]
         words = text(input_ids=batch.words, attention_mask=batch.mask.long()).last_hidden_state
@@ -185,31 +182,21 @@ class Run:
     def loss(self) -> Tensor:
         views, words = self.encode()
         image = normalize(views[:, 0].float().unflatten(0, (-1, VIEWS)).mean(1), dim=-1)
-        text = normalize(words[self.packing.first].float(), dim=-1)
+        text = normalize(words[self.batch.packing.first].float(), dim=-1)
         patches = self.heads[0](views[:, 1:].float()).unflatten(0, (-1, VIEWS)).flatten(1, 2)
-        pieces = self.packing.pad(self.heads[1](words.float()))
+        pieces = self.batch.packing.pad(self.heads[1](words.float()))
         seen = torch.ones_like(patches[..., 0], dtype=torch.bool)
         contrastive, align = plain_contrastive, caption_loop
         if self.how.streaming:
             contrastive, align = ops.contrastive, ops.local_alignment
             patches, pieces = (x.to(self.how.dtype) for x in (patches, pieces))
         with self._backend():
-            logits = align(patches, seen, pieces, self.packing.mask, *self.taus)
+            logits = align(patches, seen, pieces, self.batch.packing.mask, *self.taus)
             return contrastive(image, text, self.taus[-1]) + symmetric_cross_entropy(logits)
 
 
 def _optimizer(learning: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(learning.parameters(), lr=1e-6)
-
-
-def _plain_views(vit: nn.Module, pixels: Tensor, kept: Tensor | None) -> Tensor:
-    """Every patch embedded, and those kept gathered."""
-    if kept is None:
-        return vit.forward_features(pixels)
-    x = vit.patch_embed(pixels) + vit.pos_embed[:, 1:]
-    x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
-    x = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
-    return vit.norm(vit.blocks(x))
 
 
 def _captured(run: Callable[[], Tokens]) -> Callable[[], Tokens]:
