@@ -4,6 +4,8 @@ PyTorch hands float32 products to MKL; on AMD processors that leaves half of AVX
 linear layer's bias and GELU while it writes.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -79,6 +81,15 @@ def _(x, weight, bias, gelu):
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
+class _Pack(NamedTuple):
+    """A packed weight, where that lay when it was packed, and some of its elements: as they are, and as they were."""
+
+    place: tuple
+    some: Tensor
+    then: Tensor
+    packed: Tensor
+
+
 _packs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -89,12 +100,13 @@ def _packed(weight: Tensor) -> Tensor:
     adapter, which change them all.
     """
     version = 0 if weight.is_inference() else weight._version
-    some = weight.detach()[tuple(slice(None, None, max(1, size // _LOOKED_AT)) for size in weight.shape)]
+    place = version, weight.data_ptr(), weight.dtype, weight.stride()
     known = _packs.get(weight)
-    if known is None or known[0] != version or not torch.equal(known[1], some):
-        known = version, some.clone(), torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-        _packs[weight] = known
-    return known[2]
+    if known is None or known.place != place or not torch.equal(known.some, known.then):
+        some = weight.data[tuple(slice(None, None, max(1, size // _LOOKED_AT)) for size in weight.shape)]
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+        known = _packs[weight] = _Pack(place, some, some.clone(), packed)
+    return known.packed
 
 
 def _save(ctx, inputs, output):

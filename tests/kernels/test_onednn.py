@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -69,15 +71,42 @@ def replace(weight):
     weight.data = weight.data * 2
 
 
+def transpose(weight):
+    """The same memory, read in another order."""
+    weight.data = weight.data.mT
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("write", [double, double_past_the_version, replace])
+@pytest.mark.parametrize("write", [double, double_past_the_version, replace, transpose])
 def test_a_frozen_weight_that_is_written_to_is_packed_anew(write):
-    x, weight, bias = (t.detach() for t in _tensors((9,), 16, 12))
+    x, weight, bias = (t.detach() for t in _tensors((9,), 16, 16))
     onednn.linear(x, weight, bias)
     write(weight)
     torch.testing.assert_close(onednn.linear(x, weight, bias), functional.linear(x, weight, bias))
     with torch.inference_mode():
         torch.testing.assert_close(onednn.linear(x, weight.clone()), x @ weight.mT)
+
+
+@torch.no_grad()
+def test_a_frozen_weight_that_is_moved_to_another_dtype_and_back_is_packed_anew():
+    layer, x = torch.nn.Linear(16, 12).requires_grad_(False), torch.ones(3, 16)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        layer.weight.data.zero_()  # equal in every dtype
+        layer.to(dtype)
+        out = onednn.linear(x.to(dtype), layer.weight, layer.bias)
+        assert out.dtype == dtype and out.equal(layer.bias.expand(3, -1))
+
+
+@torch.no_grad()
+def test_a_packed_weight_goes_with_its_weight():
+    gc.collect()
+    before = len(onednn._packs)
+    weight = torch.randn(12, 16)
+    onednn.linear(torch.ones(3, 16), weight)
+    assert len(onednn._packs) == before + 1
+    del weight
+    gc.collect()
+    assert len(onednn._packs) == before
 
 
 def test_double_is_left_to_pytorch_and_autocast_to_autocast():
