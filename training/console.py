@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from clinvla_fast.errors import DataError
 
 if TYPE_CHECKING:
+    import torch
+
     from clinvla_fast import AdaptorModel, ClinVLA
 
 _FULL = "free some space or write to another disk"
@@ -112,6 +114,21 @@ def device_name(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: PyTorch sees no GPU here; pass --device cpu.")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def check_attention(device: str, dtype: torch.dtype) -> None:
+    """Make sure that the attention asked for, by an option or by CLINVLA_ATTENTION, runs there.
+
+    Raises:
+        DataError: if it cannot.
+    """
+    from clinvla_fast.backend import BackendUnavailable
+    from clinvla_fast.modeling import attention
+
+    try:
+        attention.check(device, dtype)
+    except BackendUnavailable as error:
+        raise DataError(str(error)) from None
 
 
 def load_model(folder: Path, device: str) -> ClinVLA | AdaptorModel:

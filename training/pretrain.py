@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,7 @@ from clinvla_fast.recipe import Optimization
 from clinvla_fast.run import Run, replacing, write_json
 from clinvla_fast.study import StudyBatch
 
-from .console import device_name, one_clear_error, quiet_libraries
+from .console import check_attention, device_name, one_clear_error, quiet_libraries
 from .dry_run import dry_run
 from .settings import RUNS, Pretrain, parse, store
 
@@ -83,7 +83,8 @@ def main(args: list[str] | None = None) -> None:
         settings = parse(args)
         quiet_libraries()
         device = own_device(device_name(settings.device))
-        with attention.use(settings.attention), process_group(device):
+        attending = nullcontext() if settings.attention == "auto" else attention.use(settings.attention)
+        with attending, process_group(device):
             console.quiet = rank() > 0
             Job(settings, device).run()
 
@@ -121,6 +122,9 @@ class Job:
         self.recipe, self.optimization = settings.recipe, settings.optimization
         precision = _DTYPES.get(settings.precision)
         self.dtype = precision or compute_dtype(device)
+        check_attention(device.type, self.dtype)
+        if self.makes_towers:
+            check_attention(device.type, torch.float32)
         if settings.fp8 and self.dtype != torch.bfloat16:
             raise DataError("--fp8 needs towers in bfloat16: pass --precision bfloat16.")
         if settings.fp8 and "towers" in self.recipe.trained:

@@ -57,7 +57,7 @@ class Pretrain:
     fp8: bool = False
     """Frozen linear layers in FP8, where a GPU has it: as many as leave a tower's features close to bfloat16's."""
     attention: Literal["auto", "xformers", "varlen", "sdpa"] = "auto"
-    """Which library attends. auto: xformers on a GPU, sdpa on a CPU."""
+    """Which library attends. auto: what CLINVLA_ATTENTION says; without it, xformers on a GPU, sdpa on a CPU."""
     cache: CacheName = "auto"
     """Where decoded training images are kept after the first pass: gpu memory, ram, or disk (a file in the run's folder
     that goes with the process). auto: the first of them of whose free space they take at most half. Results are the

@@ -61,6 +61,16 @@ def _choose(asked: str, device: str, dtype: torch.dtype) -> str:
     raise AssertionError("sdpa runs anywhere")
 
 
+def check(device: str, dtype: torch.dtype) -> None:
+    """Make sure, before there is anything to attend to, that the library asked for can.
+
+    Raises:
+        BackendUnavailable: as `attention`.
+    """
+    if _choice.current != "auto":
+        _choose(_choice.current, device, dtype)
+
+
 @torch.compiler.assume_constant_result
 def _chosen(asked: str, device: str, dtype: torch.dtype) -> str:
     """The library that attends to tensors of this dtype on this type of device; logged once for each."""

@@ -19,6 +19,7 @@ from clinvla_fast import ClinVLA, Collection, DataError, embed
 from clinvla_fast.evaluation.retrieval import retrieval_scores
 from clinvla_fast.evaluation.subject import Subject
 from clinvla_fast.interrupts import interruptible, interrupts
+from clinvla_fast.modeling import attention
 from training.console import load_model
 from training.pretrain import main
 
@@ -57,6 +58,15 @@ def test_adapter_blocks_that_the_towers_lack(capsys, tmp_path, tiny_towers, give
 
 def test_fp8_without_a_gpu(capsys, tmp_path):
     assert "the device is cpu: leave --fp8 out" in error_of(capsys, "--out", str(tmp_path / "run"), "--fp8")
+
+
+def test_attention_that_cannot_run_is_refused_at_once(capsys, tmp_path):
+    out = ["--out", str(tmp_path / "run")]
+    said = "xformers attention was asked for, but it needs a GPU and the tensors are on cpu"
+    assert said in error_of(capsys, *out, "--attention", "xformers")
+    with attention.use("xformers"):  # as CLINVLA_ATTENTION has it
+        assert said in error_of(capsys, *out)
+    assert not (tmp_path / "run").exists()
 
 
 def test_summary(finished_run):
