@@ -38,14 +38,44 @@ _ADVICE = {
 }
 
 
+class _OnStderr(logging.Handler):
+    """A record as one line on what is stderr by then: a progress bar takes its place while it is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
+def _of_first_process(record: logging.LogRecord) -> bool:
+    from clinvla_fast.distributed import rank
+
+    return rank() == 0
+
+
+@contextmanager
+def _own_log_shown() -> Iterator[None]:
+    """Within: what clinvla_fast logs is on stderr; other libraries' loggers stay as they are."""
+    log, handler = logging.getLogger("clinvla_fast"), _OnStderr()
+    handler.addFilter(_of_first_process)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
 @contextmanager
 def one_clear_error() -> Iterator[None]:
     """Turn DataError and OSError into one line on stderr and exit code 2, and Ctrl-C into "interrupted" and 130.
 
-    Any other exception is a bug and keeps its traceback. Also works as a decorator.
+    Any other exception is a bug and keeps its traceback. What clinvla_fast logs is on stderr too. Also works as a
+    decorator.
     """
     try:
-        yield
+        with _own_log_shown():
+            yield
     except DataError as error:
         message = str(error)
     except SafetensorError as error:  # safetensors writes by itself, and says what the system said

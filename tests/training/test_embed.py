@@ -1,5 +1,6 @@
 """The commands that embed a collection and search it, from a folder of films to a table."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from clinvla_fast.data.phantom.dataset import write_phantoms
 from clinvla_fast.data.shards import read_studies
+from clinvla_fast.modeling import attention
 from training.embed import main as embed
 from training.search import main as search
 
@@ -35,6 +37,7 @@ def printed(capsys: pytest.CaptureFixture) -> str:
 
 def error_of(capsys: pytest.CaptureFixture, command, *arguments: str) -> str:
     """The one line that a failing command prints."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         command([*arguments, *CPU])
     lines = capsys.readouterr().err.strip().splitlines()
@@ -70,6 +73,16 @@ def test_films_and_their_like(model, shards, tmp_path, capsys):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"1 │ {query.name} │" in " ".join(done.stdout.split())
+
+
+def test_the_attention_taken_is_said_once(model, shards, tmp_path, capsys, caplog):
+    attention._choose.cache_clear()
+    embed([model, str(shards), "--out", str(tmp_path / "out"), *CPU])
+    search([str(tmp_path / "out"), model, "--text", "pleural effusion", *CPU])
+    logging.getLogger("clinvla_fast").info("outside a command")
+    said = capsys.readouterr().err
+    assert said.count("attention on cpu in torch.float32: sdpa; not xformers: it needs a GPU") == 1
+    assert "outside a command" not in said
 
 
 def test_bad_input(model, shards, tmp_path, capsys):
