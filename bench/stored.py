@@ -107,7 +107,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def _joined(now: Ratio, earlier: dict[str, Any]) -> dict[str, Any]:
     runs = [*earlier.get("runs", []), now.value][-KEPT_RUNS:]
-    noise = max(now.noise, earlier.get("noise", 0.0), (max(runs) - min(runs)) / 2)
+    noise = max(now.noise, earlier.get("noise", 0.0), max(runs) - min(runs))
     return {"value": round(median(runs), 4), "noise": round(noise, 4), "runs": [round(x, 4) for x in runs]}
 
 

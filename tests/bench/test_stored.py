@@ -127,9 +127,9 @@ def test_runs_of_one_commit_are_kept_together(checkout, stored):
     assert store(2.0, 0.05) == {"value": 2.0, "noise": 0.05, "runs": [2.0]}
     for value in (2.2, 2.1, 2.4, 2.3):
         last = store(value)
-    assert last == {"value": 2.2, "noise": 0.2, "runs": [2.0, 2.2, 2.1, 2.4, 2.3]}
+    assert last == {"value": 2.2, "noise": 0.4, "runs": [2.0, 2.2, 2.1, 2.4, 2.3]}
     assert store(2.5)["runs"] == [2.2, 2.1, 2.4, 2.3, 2.5]
-    assert stored.baseline("area", "test_of[new]", False) == {"speed": Ratio(2.3, 0.2)}
+    assert stored.baseline("area", "test_of[new]", False) == {"speed": Ratio(2.3, 0.4)}
     (checkout / "another.py").write_text("")
     git(checkout, "add", ".")
     git(checkout, "commit", "-m", "second")
