@@ -1,6 +1,7 @@
 """Embedding a collection: any number of studies through the towers, to a folder that can be searched.
 
-    DIR/collection.json             the model's SHA-256, the source, the width D; once finished, also the counts
+    DIR/collection.json             the model's SHA-256 and what its towers compute in, the source, the width D; once
+                                    finished, also the counts
     DIR/part-00000.safetensors      of n studies: image and text, float32 [n, D], L2-normalised; has_image and has_text,
                                     bool [n]
     DIR/dropped.csv                 the files that were set aside, with the reason
@@ -34,7 +35,8 @@ from .data.radiographs import UnreadableImage, read_radiograph
 from .data.shards import empty_or_absent, read_manifest, shard_paths
 from .data.workers import obey_parent
 from .errors import DataError
-from .modeling.adaptor import AdaptorModel
+from .modeling.adaptor import WEIGHTS, AdaptorModel
+from .modeling.frozen import compute_dtype
 from .modeling.model import ClinVLA
 from .run import replacing, write_json
 from .study import StudyBatch
@@ -43,6 +45,7 @@ _FORMAT = 1
 _PART = 1024  # studies; what is lost when a run is killed
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 _READERS = min(os.cpu_count() or 1, 16)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -81,8 +84,9 @@ def embed(
     called again with the same arguments, it goes on after the last whole part and ends with the same bytes.
 
     Args:
-        model: a ClinVLA or AdaptorModel, on the device to use (it is put in evaluation mode), or what
-            `ClinVLA.from_pretrained` takes.
+        model: a ClinVLA or AdaptorModel, on the device to use (it is put in evaluation mode); or the folder of a run,
+            or what else `ClinVLA.from_pretrained` takes: on a GPU where there is one, its frozen towers in what the
+            run's --precision means there.
         source: a folder written by training.prepare: images and reports, as evaluation sees them, under their study_id.
             Or a folder of PNG, JPEG and DICOM files, searched through and sorted; or paths of such files: each file is
             the frontal of a study without a report, under its path (in a folder: relative to the folder). Files that
@@ -99,7 +103,8 @@ def embed(
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}: expected at least 1.")
     if isinstance(model, str | Path):
-        model = ClinVLA.from_pretrained(model)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(model, device, trained_precision(model))
     model.eval()
     out = Path(out).resolve()
     chosen: _Shards | _Files
@@ -114,6 +119,7 @@ def embed(
         "format": _FORMAT,
         "width": model.width,
         "model_sha256": model_sha256(model),
+        "precision": str(_dtype(model)).removeprefix("torch."),
         "source": chosen.identity,
         "batch_size": batch_size,
         "device": model.device.type,
@@ -139,6 +145,41 @@ def embed(
     if done < chosen.studies:
         raise DataError(f"{source} gave {done} of its {chosen.studies} studies: prepare the data again.")
     return _finish(out, settings, parts)
+
+
+def tower_dtype(precision: str | None, device: torch.device) -> torch.dtype | None:
+    """What frozen towers compute in there; None, as they were saved, for what is no `presets.Precision`."""
+    return compute_dtype(device) if precision == "auto" else _DTYPES.get(precision)
+
+
+def trained_precision(model: str | Path) -> str | None:
+    """The --precision that the run in a folder was trained with; None where no run is."""
+    from .evaluation.subject import read_run_settings  # which imports this module
+
+    return read_run_settings(Path(model)).get("precision")
+
+
+def load_model(model: str | Path, device: torch.device, precision: str | None = None) -> ClinVLA | AdaptorModel:
+    """A saved model.
+
+    Args:
+        model: the folder of a run, or what else `ClinVLA.from_pretrained` takes.
+        precision: of its frozen towers, as `tower_dtype`.
+    """
+    dtype = tower_dtype(precision, device)
+    if not (Path(model) / WEIGHTS).is_file():
+        return ClinVLA.from_pretrained(model, dtype=dtype).to(device)
+    adaptor = AdaptorModel.load(Path(model))
+    for encoder in (adaptor.vision, adaptor.text):
+        encoder.model.to(dtype)
+    return adaptor.to(device)
+
+
+def _dtype(model: ClinVLA | AdaptorModel) -> torch.dtype:
+    """What its towers compute in."""
+    if isinstance(model, AdaptorModel):
+        return model.vision.dtype
+    return model.dtype or model.vision.vit.patch_embed.proj.weight.dtype
 
 
 def model_sha256(model: ClinVLA | AdaptorModel) -> str:
@@ -196,7 +237,11 @@ def _open(out: Path, settings: dict) -> None:
             write_json(partial / "collection.json", settings)
         return
     known = read_collection(out)
-    other = [name.removesuffix("_sha256").replace("_", " ") for name in settings if known.get(name) != settings[name]]
+    other = [
+        name.removesuffix("_sha256").replace("_", " ")
+        for name in settings
+        if known.get(name, settings[name]) != settings[name]
+    ]
     if other:
         raise DataError(
             f"{out} was started with another {', '.join(other)}: pass what it was started with, or another out."

@@ -42,6 +42,7 @@ class Collection:
         if "counts" not in known:
             raise DataError(f"{self.path} is not finished: embed it again with the same arguments, and it goes on.")
         self.width, self.counts = known["width"], known["counts"]
+        self.precision = known.get("precision")  # of the towers that embedded it, and that are to embed queries
         self._parts, self._model = known["parts"], known["model_sha256"]
         self._indexes: dict[Kind, tuple[object, list[str]]] = {}
 
@@ -49,10 +50,13 @@ class Collection:
         """Make sure that queries embedded by `model` mean something here.
 
         Raises:
-            DataError: if another model embedded this collection.
+            DataError: if another model embedded this collection, or this one with its towers in another dtype.
         """
         if model_sha256(model) != self._model:
-            raise DataError(f"{self.path} was embedded by another model: search it with that one, or embed it again.")
+            inside = f" (its towers in {self.precision})" if self.precision else ""
+            raise DataError(
+                f"{self.path} was embedded by another model{inside}: search it with that one, or embed it again."
+            )
 
     def embeddings(self, kind: Kind) -> Iterator[tuple[list[str], np.ndarray]]:
         """The ids of all studies that have an image or a report, and the embeddings of that, float32 [n, D], a part of

@@ -161,17 +161,23 @@ def check_attention(device: str, dtype: torch.dtype) -> None:
         raise DataError(str(error)) from None
 
 
-def load_model(folder: Path, device: str) -> ClinVLA | AdaptorModel:
+def load_model(folder: Path, device: str, precision: str | None = None) -> ClinVLA | AdaptorModel:
     """The model of a finished run, on a device as `device_name` takes it.
 
+    Args:
+        precision: of its frozen towers: auto, float32 or bfloat16; None: as they were saved, which is float32 for those
+            that pretraining makes.
+
     Raises:
-        DataError: if `folder` holds no model, or there is no such device.
+        DataError: if `folder` holds no model, there is no such device, or the attention asked for does not run there.
     """
-    from clinvla_fast import AdaptorModel, ClinVLA
-    from clinvla_fast.modeling.adaptor import WEIGHTS
+    import torch
+
+    from clinvla_fast.collection import load_model, tower_dtype
 
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder, expected that of a finished python -m training.pretrain.")
     quiet_libraries()
-    load = AdaptorModel.load if (folder / WEIGHTS).is_file() else ClinVLA.from_pretrained
-    return load(folder).to(device_name(device))
+    on = torch.device(device_name(device))
+    check_attention(on.type, tower_dtype(precision, on) or torch.float32)
+    return load_model(folder, on, precision)

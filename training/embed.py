@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from clinvla_fast import embed
+from clinvla_fast.collection import trained_precision
+from clinvla_fast.presets import Precision
 
 from .console import load_model, one_clear_error, progress_bar
 
@@ -26,6 +28,9 @@ class Embed:
     """train, validate or test, of a folder written by training.prepare. Default: all of them."""
     batch_size: int = 64
     """Studies at a time."""
+    precision: Precision | None = None
+    """What the frozen towers compute in. auto: bfloat16 where the machine has matrix instructions for it. Default: what
+    the run was trained with."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
 
@@ -35,7 +40,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     told = tyro.cli(Embed, prog="python -m training.embed", description=__doc__, args=args)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    model = load_model(told.model, told.device)
+    model = load_model(told.model, told.device, told.precision or trained_precision(told.model))
     try:
         with progress_bar("studies embedded") as progress:
             counts = embed(

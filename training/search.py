@@ -1,4 +1,7 @@
-"""Search an embedded collection: by a text or an image, for images or reports."""
+"""Search an embedded collection: by a text or an image, for images or reports.
+
+The model embeds what is looked for in the precision in which it embedded the collection.
+"""
 
 import os
 from dataclasses import dataclass
@@ -42,7 +45,7 @@ def main(args: list[str] | None = None) -> None:
     if (told.text is None) == (told.image is None):
         raise DataError("expected one of --text and --image.")
     collection = Collection(told.collection)
-    model = load_model(told.model, told.device)
+    model = load_model(told.model, told.device, collection.precision)
     collection.check_model(model)
     query = model.encode_reports([told.text]) if told.image is None else model.encode_images([{"frontal": told.image}])
     hits = collection.search(query, "image" if told.wanted == "images" else "text", told.k)[0]

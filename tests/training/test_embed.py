@@ -1,5 +1,6 @@
 """The commands that embed a collection and search it, from a folder of films to a table."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import clinvla_fast
+from clinvla_fast import ClinVLA, Collection, DataError
 from clinvla_fast.data.phantom.dataset import write_phantoms
 from clinvla_fast.data.shards import read_studies
 from clinvla_fast.modeling import attention
@@ -83,6 +86,21 @@ def test_the_attention_taken_is_said_once(model, shards, tmp_path, capsys, caplo
     said = capsys.readouterr().err
     assert said.count("attention on cpu in torch.float32: sdpa; not xformers: it needs a GPU") == 1
     assert "outside a command" not in said
+
+
+def test_queries_are_embedded_in_the_precision_of_the_collection(model, shards, tmp_path, capsys):
+    """By default that of the run."""
+    Path(model, "run.json").write_text(json.dumps({"settings": {"precision": "bfloat16"}}))
+    for out, options in {"as trained": [], "float32": ["--precision", "float32"]}.items():
+        embed([model, str(shards), "--out", str(tmp_path / out), *options, *CPU])
+        search([str(tmp_path / out), model, "--text", "pleural effusion", *CPU])
+        assert "images nearest to the text" in printed(capsys)
+    assert Collection(tmp_path / "as trained").precision == "bfloat16"
+    assert Collection(tmp_path / "float32").precision == "float32"
+    with pytest.raises(DataError, match=r"another model \(its towers in bfloat16\): search it with that one"):
+        Collection(tmp_path / "as trained").check_model(ClinVLA.from_pretrained(model))
+    clinvla_fast.embed(model, shards, tmp_path / "in Python")
+    assert Collection(tmp_path / "in Python").precision == "bfloat16"
 
 
 def test_bad_input(model, shards, tmp_path, capsys):

@@ -186,6 +186,10 @@ def test_an_adaptor_run_is_evaluated_as_it_was_when_it_ended(finished_run, tmp_p
         collection.check_model(ClinVLA.from_pretrained(finished_run))
     hits = collection.search(model.encode_reports(["Large pleural effusion."]), k=3)
     assert len(hits[0]) == 3
+    half = load_model(out, "cpu", "bfloat16")
+    assert half.vision.dtype == half.text.dtype == torch.bfloat16
+    texts = ["Large pleural effusion.", "The lungs are clear."]
+    torch.testing.assert_close(half.encode_reports(texts), model.encode_reports(texts), rtol=0, atol=5e-2)
 
 
 @pytest.mark.parametrize(("given", "made", "learned"), [("vision", "text", "word"), ("text", "vision", "image")])
