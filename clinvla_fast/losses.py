@@ -1,10 +1,11 @@
 """Losses under the names and arguments that other training code calls: a script changes its import line, no more.
 
     ClipLoss, SigLipLoss      open_clip's (CLIP, Radford et al. 2021; SigLIP, Zhai et al. 2023, equation 1)
-    local_loss, global_loss   GLoRIA's (Huang et al. 2021)
+    local_loss, global_loss   GLoRIA's (Huang et al. 2021); and what its model calls beside them, attention_fn and
+                              cosine_similarity
 
-They are `ops.contrastive`, `ops.sigmoid_contrastive` and `ops.local_alignment`: of a large batch neither all logits nor
-the attention of all words in all images are held.
+The losses are `ops.contrastive`, `ops.sigmoid_contrastive` and `ops.local_alignment`: of a large batch neither all
+logits nor the attention of all words in all images are held.
 """
 
 from collections.abc import Sequence
@@ -266,3 +267,37 @@ def local_loss(
     attention = ops.word_attention(image, image_mask, text, text_mask, taus[0]).mT.unflatten(2, img_features.shape[2:])
     maps = [attention[None, i, :n] for i, n in enumerate(lengths)]
     return cross_entropy(logits, own), cross_entropy(logits.mT, own), maps
+
+
+def attention_fn(query: Tensor, context: Tensor, temp1: Tensor | float) -> tuple[Tensor, Tensor]:
+    """GLoRIA's attention of words to the regions of their own image.
+
+    Args:
+        query: features of words, [B, D, T].
+        context: features of image regions, [B, D, H, W], in query's dtype.
+        temp1: of the attention, one number.
+
+    Returns:
+        What each word attends to, [B, D, T], and its attention, [B, T, H, W], in query's dtype.
+
+    Raises:
+        ValueError: if shapes do not fit together.
+    """
+    if context.ndim != 4 or query.ndim != 3 or context.shape[:2] != query.shape[:2]:
+        raise ValueError(
+            f"query and context are {list(query.shape)} and {list(context.shape)}: expected [B, D, T] and [B, D, H, W]."
+        )
+    image, words = context.flatten(2).mT, query.mT
+    regions, counted = (torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for x in (image, words))
+    attention = ops.word_attention(image, regions, words, counted, temp1)
+    return image.mT @ attention, attention.mT.unflatten(2, context.shape[2:])
+
+
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = _EPS) -> Tensor:
+    """GLoRIA's cosine along one dimension, of tensors that broadcast: no product of lengths counts as less than eps.
+
+    Returns:
+        Without that dimension, nor any other of size 1.
+    """
+    lengths = x1.norm(dim=dim) * x2.norm(dim=dim)
+    return ((x1 * x2).sum(dim) / lengths.clamp(min=eps)).squeeze()

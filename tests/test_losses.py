@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize, softplus
 
-from clinvla_fast.losses import ClipLoss, SigLipLoss, global_loss, local_loss
+from clinvla_fast.losses import ClipLoss, SigLipLoss, attention_fn, cosine_similarity, global_loss, local_loss
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
@@ -137,6 +137,27 @@ def test_gloria_local(dtype, agg, lengths):
         inputs,
         dtype,
     )
+
+
+def test_gloria_attention():
+    generator = torch.Generator().manual_seed(0)
+    words, regions = (torch.randn(2, 6, *n, generator=generator, dtype=torch.float64) for n in ((5,), (3, 4)))
+    found, attention = attention_fn(words, regions, 4.0)
+    assert found.shape == (2, 6, 5) and attention.shape == (2, 5, 3, 4)
+    shares = torch.einsum("bdt,bdhw->bthw", words, regions).softmax(1)  # of each region, among the words
+    expected = (4.0 * shares).flatten(2).softmax(2).view_as(shares)
+    torch.testing.assert_close(attention, expected)
+    torch.testing.assert_close(found, torch.einsum("bthw,bdhw->bdt", expected, regions))
+    with pytest.raises(ValueError, match=r"expected \[B, D, T\] and \[B, D, H, W\]"):
+        attention_fn(words, words, 4.0)
+
+
+def test_gloria_cosine():
+    one, other = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(cosine_similarity(one, other), torch.cosine_similarity(one, other, dim=1))
+    torch.testing.assert_close(cosine_similarity(one, other, dim=-1), torch.cosine_similarity(one, other, dim=-1))
+    assert cosine_similarity(torch.full((1, 2), 1e-6), torch.full((1, 2), 1e-6), eps=1e-8).item() == pytest.approx(2e-4)
+    assert cosine_similarity(one[:1, :, :1], other[:1, :, :1]).shape == ()  # as GLoRIA squeezes it
 
 
 def test_gloria_local_by_default():
