@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator
 import timm.layers
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BertPreTrainedModel,
+    ElectraPreTrainedModel,
+    PreTrainedModel,
+    RobertaPreTrainedModel,
+    XLMRobertaPreTrainedModel,
+)
 from transformers.activations import GELUActivation
 from transformers.masking_utils import sdpa_mask
 from transformers.models.bert.modeling_bert import BertIntermediate
@@ -25,7 +33,13 @@ from .modeling.attention import attention
 
 _ATTENTION = "clinvla_fast"  # our name among transformers' attention functions
 _BEFORE = "_attention_before_clinvla_fast"
-_BERTS = ("bert", "roberta", "xlm-roberta", "electra")
+_BERTS = (BertPreTrainedModel, RobertaPreTrainedModel, XLMRobertaPreTrainedModel, ElectraPreTrainedModel)
+
+
+def _hooked(part: nn.Module | Callable) -> bool:
+    """Whether something listens to a module."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return isinstance(part, nn.Module) and any(getattr(part, name) for name in names)
 
 
 class FastLinear(nn.Linear):
@@ -46,6 +60,8 @@ class FastMlp(timm.layers.Mlp):
     """timm's Mlp, its GELU applied as the first layer is written."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if _hooked(self.fc1) or _hooked(self.act):
+            return super().forward(x)
         x = self.norm(self.drop1(_through_gelu(self.fc1, x)))
         return self.drop2(self.fc2(x))
 
@@ -54,9 +70,8 @@ class FastAttention(timm.layers.Attention):
     """timm's Attention through the attention function of our towers."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if any(a is not None and a is not False for a in (*args, *kwargs.values())) or (
-            self.training and self.attn_drop.p
-        ):
+        more = any(a is not None and a is not False for a in (*args, *kwargs.values()))
+        if more or (self.training and self.attn_drop.p) or _hooked(self.attn_drop):
             return super().forward(x, *args, **kwargs)
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         x = attention(self.q_norm(query), self.k_norm(key), value).flatten(2)
@@ -67,6 +82,8 @@ class _FastIntermediate:
     """The first half of a BERT's feed-forward network, its GELU applied as it is written."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if _hooked(self.dense) or _hooked(self.intermediate_act_fn):
+            return super().forward(hidden_states)
         return _through_gelu(self.dense, hidden_states)
 
 
@@ -84,8 +101,7 @@ class FastElectraIntermediate(_FastIntermediate, ElectraIntermediate): ...
 
 def _plain(layer: nn.Module) -> bool:
     """Whether a layer is a Linear whose forward nothing else listens to."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    return type(layer) in (nn.Linear, FastLinear) and not hooked
+    return type(layer) in (nn.Linear, FastLinear) and not _hooked(layer)
 
 
 def _exact_gelu(activation: Callable) -> bool:
@@ -143,8 +159,7 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 def _supported(model: nn.Module) -> Iterator[nn.Module]:
     """The outermost parts of a model that have twins inside."""
-    bert = isinstance(model, PreTrainedModel) and model.config.model_type in _BERTS
-    if isinstance(model, VisionTransformer) or bert:
+    if isinstance(model, (VisionTransformer, *_BERTS)):
         yield model
     else:
         for child in model.children():
@@ -157,7 +172,9 @@ def swap(model: nn.Module) -> Counter[str]:
     swapped: Counter[str] = Counter()
     for part in _supported(model):
         # The BERTs of transformers 4 choose their attention when they are made, and keep it.
-        if isinstance(part, PreTrainedModel) and part._can_set_attn_implementation() and not hasattr(part, _BEFORE):
+        settable = isinstance(part, PreTrainedModel) and part._can_set_attn_implementation()
+        # Eager attention is asked for by those who want its maps, which no other returns.
+        if settable and part.config._attn_implementation not in ("eager", _ATTENTION):
             setattr(part, _BEFORE, part.config._attn_implementation)
             part.set_attn_implementation(_ATTENTION)
             swapped["attention of " + type(part).__name__] += 1
@@ -176,7 +193,8 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Supported, alone or in a larger model, compiled or not, frozen or trained: timm's VisionTransformer, BERT-family
     models of transformers, AdapterHub's adapters in them too, and ClinVLA. Outputs and gradients are equal up to
-    rounding, `state_dict` key for key.
+    rounding, `state_dict` key for key; hooks are called, whenever they are put on. A model of transformers that was
+    told `attn_implementation="eager"` keeps its attention, and so its attention maps.
 
     Returns:
         The model itself.
@@ -188,7 +206,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     if not swapped:
         raise ValueError(
             f"{type(model).__name__} has nothing to accelerate: supported are timm's VisionTransformer, transformers' "
-            f"{', '.join(_BERTS)} models, and ClinVLA, alone or inside a larger model."
+            "BERT, RoBERTa, XLM-RoBERTa and ELECTRA, AdapterHub's adapters in these, and ClinVLA, alone or inside a "
+            "larger model."
         )
     print(f"accelerated {type(model).__name__}: " + ", ".join(f"{n} {name}" for name, n in swapped.items()))
     return model

@@ -23,7 +23,7 @@ from transformers import (
     XLMRobertaModel,
 )  # fmt: skip
 
-from clinvla_fast.twins import FastAttention, FastMlp, accelerate, restore
+from clinvla_fast.twins import FastAttention, FastBertIntermediate, FastMlp, accelerate, restore
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96, "vocab_size": 99}
 
@@ -205,10 +205,67 @@ def test_other_classes_are_left_alone():
     _close(_results(model, CASES["vit"][1]), expected)
 
 
-def test_the_attention_that_a_bert_had_comes_back():
-    model = BertModel(BertConfig(**SIZES, attn_implementation="eager"), add_pooling_layer=False)
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize(
+    ("case", "part"),
+    [
+        ("vit", "blocks.0.mlp.fc1"),
+        ("vit", "blocks.0.mlp.act"),
+        ("bert", "encoder.layer.0.intermediate.dense"),
+        ("bert", "encoder.layer.0.intermediate.intermediate_act_fn"),
+    ],
+)
+def test_hooks_put_on_afterwards_are_called(case, part, kind):
+    torch.manual_seed(0)
+    make, run = CASES[case]
+    model, heard = make().eval(), []
+    expected = _results(model, run)
     accelerate(model)
-    assert restore(model).config._attn_implementation == "eager"
+    getattr(model.get_submodule(part), kind)(lambda *_: heard.append(part))
+    _close(_results(model, run), expected)
+    assert heard == [part]
+
+
+def test_attention_maps_of_a_vit_can_be_listened_to():
+    torch.manual_seed(0)
+    model, maps = accelerate(_vit().eval()), []
+    model.blocks[1].attn.fused_attn = False  # as timm's users have it write its maps
+    model.blocks[1].attn.attn_drop.register_forward_hook(lambda module, inputs, out: maps.append(out))
+    model(_pixels())
+    assert maps[0].shape == (3, 3, 17, 17)
+
+
+def test_the_attention_that_a_bert_had_comes_back():
+    model = BertModel(BertConfig(**SIZES), add_pooling_layer=False)
+    before = model.config._attn_implementation
+    accelerate(model)
+    assert restore(model).config._attn_implementation == before
+
+
+def test_attention_maps_of_an_eager_bert_stay():
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**SIZES, attn_implementation="eager")).eval()
+    expected = model(**_words(), output_attentions=True).attentions
+    accelerate(model)
+    assert isinstance(model.encoder.layer[0].intermediate, FastBertIntermediate)
+    torch.testing.assert_close(model(**_words(), output_attentions=True).attentions, expected)
+
+
+def test_a_bert_of_another_name():
+    """As microsoft/BiomedVLP's, whose configuration is a class of their own."""
+
+    class CXRBertConfig(BertConfig):
+        model_type = "cxr-bert"
+
+    class CXRBertModel(BertForMaskedLM):
+        config_class = CXRBertConfig
+
+    torch.manual_seed(0)
+    model, run = CXRBertModel(CXRBertConfig(**SIZES)).eval(), CASES["bert"][1]
+    expected = _results(model, run)
+    accelerate(model)
+    assert isinstance(model.bert.encoder.layer[0].intermediate, FastBertIntermediate)
+    _close(_results(model, run), expected)
 
 
 def test_nothing_to_accelerate():
