@@ -24,12 +24,14 @@ def _accuracy(weights: np.ndarray, target: np.ndarray, predicted: np.ndarray) ->
 
 def _macro_accuracy(weights: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> float:
     _, place = np.unique(target, return_inverse=True)
-    return (np.bincount(place, weights * (target == predicted)) / np.bincount(place, weights)).mean()
+    total = np.bincount(place, weights)
+    # Without a class that few patients have, the mean of the others would be of other chance.
+    return (np.bincount(place, weights * (target == predicted)) / total).mean() if total.all() else np.nan
 
 
 def _f1(weights: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> float:
-    both = weights @ target + weights @ predicted
-    return 2 * (weights @ (target & predicted)) / both if target.any() else np.nan
+    shown = weights @ target
+    return 2 * (weights @ (target & predicted)) / (shown + weights @ predicted) if shown else np.nan
 
 
 def _auc(weights: np.ndarray, target: np.ndarray, scored: np.ndarray) -> float:
@@ -45,16 +47,17 @@ def _macro_auc(weights: np.ndarray, target: np.ndarray, scored: np.ndarray) -> f
 
 
 def _average_precision(weights: np.ndarray, target: np.ndarray, scored: np.ndarray) -> float:
-    _, place = np.unique(-scored, return_inverse=True)  # equal scores are one threshold
-    found, called = np.bincount(place, weights * target), np.bincount(place, weights)
-    return (found * found.cumsum() / called.cumsum()).sum() / found.sum() if target.any() else np.nan
+    there = weights > 0
+    _, place = np.unique(-scored[there], return_inverse=True)  # equal scores are one threshold
+    found, called = (np.bincount(place, x[there]) for x in (weights * target, weights))
+    return (found * found.cumsum() / called.cumsum()).sum() / found.sum() if found.any() else np.nan
 
 
-# Each takes weights [n], all above 0, and rows by name, [n] or [n, classes]; NaN where it has no meaning.
+# Each takes weights [n], some above 0, and rows by name, [n] or [n, classes]; NaN where it has no meaning.
 STATISTICS: dict[str, Callable[..., float]] = {
     "mean": _mean,  # value
     "accuracy": _accuracy,  # target, predicted
-    "macro accuracy": _macro_accuracy,  # target, predicted: the mean of the classes' recalls
+    "macro accuracy": _macro_accuracy,  # target, predicted: the mean of the classes' recalls, if each has a weight
     "f1": _f1,  # target, predicted: booleans
     "auc": _auc,  # target: booleans, scored
     "macro auc": _macro_auc,  # target: booleans, scored: a column a class; classes that all or none show are left out
@@ -103,11 +106,7 @@ class Score:
 
     def of(self, weights: np.ndarray) -> float:
         """The figure with rows that count so often; NaN where it has none."""
-        there = weights > 0
-        if not there.any():
-            return float("nan")
-        rows = {name: x[there] for name, x in self.rows.items()}
-        return float(STATISTICS[self.statistic](weights[there], **rows))
+        return float(STATISTICS[self.statistic](weights, **self.rows)) if weights.any() else float("nan")
 
     @property
     def value(self) -> float | None:

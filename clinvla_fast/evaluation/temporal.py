@@ -28,6 +28,9 @@ def evaluate_temporal(subject: Subject, told: Training, progress: Progress) -> R
     """Accuracy of the course that each finding took since the prior study, the mean over the courses, by the image
     tower's task adapters and a linear head for each finding, and that over seeds (ClinVLA's protocol).
 
+    The first figure takes the courses of all findings together, so that each has as many patients as there are; chance
+    is what each finding's commonest course in training gives as its answer, at least one by the number of courses.
+
     Where the train split has courses, training is there, and is stopped on the validation split. Where the tested split
     alone has them, as MS-CXR-T's, it is parted by patient, in other parts for every seed: each part is predicted after
     training on all others but the next, which stops it. Studies without a current or a prior view are left out.
@@ -47,19 +50,22 @@ def evaluate_temporal(subject: Subject, told: Training, progress: Progress) -> R
     target = _targets(tested, findings)
     if not (_taken(target) > 1).any():
         raise NotApplicable(f"no finding of {subject.root} has taken two courses: there is nothing to tell apart.")
-    predicted = np.empty((seeds, *target.shape), np.int64)
+    predicted, commonest = np.empty((2, seeds, *target.shape), np.int64)
     trainings = [(seed, split) for seed, of_seed in enumerate(splits) for split in of_seed]
     steps = []
     for number, (seed, split) in enumerate(trainings):
         rows = np.searchsorted(tested.places, split[2].places)
         predicted[seed, rows], about = _classify(split, findings, told, seed, nth_of(progress, number, len(trainings)))
+        learned = _targets(split[0], findings)
+        commonest[seed, rows] = np.stack([(learned == course).sum(0) for course in range(_COURSES)]).argmax(0)
         steps.append(about)
     shown = {
         "tested": {finding: _counts(column) for finding, column in zip(findings, target.T, strict=True)},
         "trained": {f"training {number}": about for number, about in enumerate(steps)},
         "without a current or a prior view": sum(bool(s.progressions) for s in subject.studies) - len(target),
     }
-    return Result("temporal", _scores(tested, findings, target, predicted), told.settings() | {"seeds": seeds}, shown)
+    scores = _scores(tested, findings, target, predicted, commonest)
+    return Result("temporal", scores, told.settings() | {"seeds": seeds}, shown)
 
 
 def _with_course(subject: Subject) -> np.ndarray:
@@ -166,25 +172,28 @@ def _cells(target: np.ndarray, predicted: np.ndarray) -> dict[str, np.ndarray]:
     return {"target": (target + offset)[known], "predicted": (predicted + offset)[known]}
 
 
-def _scores(tested: Part, findings: Sequence[str], target: np.ndarray, predicted: np.ndarray) -> list[Score]:
+def _scores(
+    tested: Part, findings: Sequence[str], target: np.ndarray, predicted: np.ndarray, commonest: np.ndarray
+) -> list[Score]:
     """Macro accuracy of all findings together and of each. Rows of all seeds follow each other: every seed predicts the
     same courses, so that the figure is the mean of the seeds' own.
 
     Args:
-        predicted: int64 [seeds, n, findings].
+        predicted, commonest: int64 [seeds, n, findings]; the second what each finding took most often in training.
     """
     taken = _taken(target)
 
     def score(name: str, columns: np.ndarray) -> Score:
-        known, of_seeds = target[:, columns] != _UNKNOWN, predicted[:, :, columns]
-        each = [_cells(target[:, columns], found) for found in of_seeds]
+        known = target[:, columns] != _UNKNOWN
+        course = target[:, columns][known]
+        each, constant = ([{"target": course, "predicted": of[:, columns][known]} for of in x] for x in answers)
         rows = {key: np.concatenate([of[key] for of in each]) for key in each[0]}
         where = (np.tile(np.repeat(x, known.sum(1)), len(each)) for x in (tested.places, tested.patients))
-        deviation = spread([statistic("macro accuracy", **of) for of in each])
-        chance = float(np.sum(columns) / taken[columns].sum())  # of constant answers: one course in all of a finding's
-        return Score(name, "macro accuracy", rows, *where, chance=chance, spread=deviation)
+        accuracy, by_training = ([statistic("macro accuracy", **of) for of in x] for x in (each, constant))
+        chance = max(1 / len(np.unique(course)), float(np.mean(by_training)))
+        return Score(name, "macro accuracy", rows, *where, chance=chance, spread=spread(accuracy))
 
-    several = taken > 1
+    several, answers = taken > 1, (predicted, commonest)
     scores = [score("macro accuracy", several)]
     for number in np.flatnonzero(several):
         scores.append(score(f"macro accuracy {findings[number]}", np.arange(len(findings)) == number))

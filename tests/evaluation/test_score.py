@@ -66,6 +66,8 @@ def test_a_weight_is_how_often_a_row_counts(statistic):
     random = np.random.default_rng(0)
     for _ in range(20):
         rows, weights = _drawn(statistic, 60, random)
+        if statistic == "macro accuracy":  # its classes are those of the whole
+            weights[:3], rows["target"][:3] = 1, range(3)
         score = Score("a figure", statistic, rows, np.arange(60), np.arange(60))
         repeated = {name: x.repeat(weights, 0) for name, x in rows.items()}
         assert score.of(weights.astype(float)) == pytest.approx(PLAIN[statistic](**repeated), abs=1e-12)
@@ -80,6 +82,27 @@ def test_auc_is_scikit_learns():
     for target in (rows["target"], rows["target"].astype(np.int64)):  # flags, however they are kept
         score = Score("a figure", "auc", rows | {"target": target}, np.arange(300), np.arange(300))
         assert score.of(weights) == pytest.approx(expected, abs=1e-12)
+
+
+def test_macro_accuracy_is_scikit_learns():
+    random = np.random.default_rng(1)
+    target, predicted = random.integers(0, 5, (2, 80))
+    weights = random.integers(1, 4, 80).astype(float)
+    score = Score(
+        "a figure", "macro accuracy", {"target": target, "predicted": predicted}, *np.arange(160).reshape(2, 80)
+    )
+    expected = sklearn.metrics.balanced_accuracy_score(target, predicted, sample_weight=weights)
+    assert score.of(weights) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_constant_answer_does_not_beat_chance_by_draws_that_lack_the_rare_classes():
+    target = np.concatenate([np.zeros(40, int), np.arange(1, 13)])
+    rows = {"target": target, "predicted": np.zeros(52, int)}
+    value, low, _ = Score("a figure", "macro accuracy", rows, *np.arange(104).reshape(2, 52)).interval()
+    assert value == pytest.approx(1 / 13) and low is None
+    rows["target"] = np.repeat([0, 1, 2], [40, 6, 6])  # few draws lack one
+    value, low, high = Score("a figure", "macro accuracy", rows, *np.arange(104).reshape(2, 52)).interval()
+    assert low == high == value == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("statistic", ["f1", "auc", "macro auc", "average precision"])

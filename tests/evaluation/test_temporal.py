@@ -77,3 +77,15 @@ def test_data_without_courses(classified, squares):
         classified(bare)
     with pytest.raises(NotApplicable, match="2 patients to train and test on: expected at least 5, one a fold"):
         classified(squares.test[:8])
+
+
+def test_what_the_finding_alone_gives_away_is_chance(classified, squares):
+    """Two findings, of which one mostly shrinks and the other mostly grows: that is known without a look."""
+    usual, rare = (("a", "improving"), ("b", "worsening")), (("a", "worsening"), ("b", "improving"))
+    named = [
+        [replace(s, progressions=rare if n < 4 else usual) for n, s in enumerate(split)]
+        for split in (squares.train, squares.validate, squares.test)
+    ]
+    score = classified(*named, told=SHORT).score(EVERY)
+    share = 1 - 4 / len(squares.test)
+    assert score.chance == pytest.approx(share) and set(score.rows["target"]) == {0, 2}
