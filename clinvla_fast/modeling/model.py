@@ -132,6 +132,11 @@ class ClinVLA(nn.Module, Encoding, PyTorchModelHubMixin, library_name="clinvla-f
         """Everything that is learned here, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """DistributedDataParallel asks for this name: it would send every frozen weight before each forward pass."""
+        return [name for name, _ in self.named_buffers(remove_duplicate=False)]
+
     @torch.no_grad()
     def standardise_heads(self, batch: StudyBatch) -> None:
         """Fit the scale of new heads to the towers' features of one batch of at least two studies, all with a view."""

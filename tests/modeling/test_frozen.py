@@ -3,6 +3,8 @@
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertModel
 
 from clinvla_fast import ClinVLA, Recipe, ops
@@ -17,6 +19,17 @@ def _vit(**sizes):
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 0} | sizes
     return timm.create_model("vit_tiny_patch16_224", **sizes)
+
+
+def test_a_users_ddp_sends_no_frozen_weight(tiny_model, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(tiny_model)
+        assert wrapped.modules_buffers == []
+        assert dict(wrapped.module.named_buffers()).keys() <= wrapped.parameters_to_ignore
+        assert not wrapped.parameters_to_ignore & tiny_model.trainable().keys()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_buffers_of_the_same_names():
