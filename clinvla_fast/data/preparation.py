@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
+from ..errors import DataError
+from .files import FileTooLarge, read_file
 from .radiographs import Reading, UnreadableImage, read_radiograph
 from .reports import Steps, clean_report
 from .shards import VIEWS, Format, LeftOut, Study, write_shards
@@ -78,7 +80,11 @@ def make_study(preparation: Preparation, record: Record) -> Iterator[Study | Lef
         return
     # A box is a place in the whole film.
     reading = replace(preparation.reading, crop_borders=False) if record.boxes else preparation.reading
-    found = {view: _film(path, preparation.short_side, reading) for view, path in record.views.items()}
+    found: dict[str, np.ndarray | str] = {}
+    for view, path in record.views.items():
+        paths = (path, *record.spare.get(view, ()))
+        found[view], passed_over = _first_usable(paths, preparation.short_side, reading)
+        yield from (LeftOut(record.row, "image", reason) for reason in passed_over)
     images = {view: film for view, film in found.items() if isinstance(film, np.ndarray)}
     missing = [LeftOut(record.row, view, film) for view, film in found.items() if view not in images]
     if any(view in found for view in CURRENT) and not any(view in images for view in CURRENT):
@@ -93,14 +99,25 @@ def read_report(report: str | Path | None) -> tuple[str, str]:
     """A record's report, and why it cannot be read."""
     try:
         if isinstance(report, Path):
-            with report.open(encoding="utf-8") as file:
-                report = file.read(_LONGEST + 1)
+            report = read_file(report, 4 * _LONGEST).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         return "", "report is missing"
+    except FileTooLarge:
+        return "", "report is too long"
     except (OSError, ValueError):
         return "", "report cannot be read"
     report = report or ""
     return (report, "") if len(report) <= _LONGEST else ("", "report is too long")
+
+
+def _first_usable(paths: Iterable[Path], short_side: int, reading: Reading) -> tuple[np.ndarray | str, list[str]]:
+    """The first film that can be used, and why those before it cannot; or why the first cannot."""
+    reasons: list[str] = []
+    for path in paths:
+        if isinstance(film := _film(path, short_side, reading), np.ndarray):
+            return film, reasons
+        reasons.append(film)
+    return reasons[0], []
 
 
 @lru_cache(_REMEMBERED)
@@ -110,3 +127,7 @@ def _film(path: Path, short_side: int, reading: Reading) -> np.ndarray | str:
         return read_radiograph(path, short_side, reading)
     except UnreadableImage as error:
         return error.reason
+    except DataError:  # of the machine: a package that is missing
+        raise
+    except Exception as error:  # of one film among 300,000: a library's own, or too little memory for it
+        return f"file cannot be used ({type(error).__name__})"

@@ -4,7 +4,6 @@ import io
 import logging
 import math
 import os
-import stat
 import struct
 import warnings
 import zlib
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError
+from .files import FileTooLarge, read_file
 from .quality import Quality
 
 # Every reason an UnreadableImage has.
@@ -133,13 +133,9 @@ def read_radiograph(path: str | Path, short_side: int = 256, options: Reading = 
 
 def _content(path: str | Path) -> bytes:
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # reading a pipe or a device might never end
-            raise UnreadableImage(path, "file cannot be read", "a regular file")
-        if found.st_size > _MAX_BYTES:
-            raise UnreadableImage(path, "image too large", f"a file of at most {_MAX_BYTES >> 20} MiB")
-        with open(path, "rb") as file:
-            return file.read(found.st_size)
+        return read_file(path, _MAX_BYTES)
+    except FileTooLarge:
+        raise UnreadableImage(path, "image too large", f"a file of at most {_MAX_BYTES >> 20} MiB") from None
     except FileNotFoundError:
         raise UnreadableImage(path, "file is missing", "a PNG, JPEG or DICOM file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import shutil
 from collections import Counter
 from importlib.util import find_spec
@@ -498,19 +499,59 @@ def test_settings_are_in_the_manifest(tmp_path, film):
     assert found["s"].report == "May be CHF."
 
 
-def test_mimic_cxr_without_times_has_no_priors(tmp_path, film):
-    """Nobody knows what came before what."""
-    mimic(tmp_path / "jpg", film)
-    mimic_sections(tmp_path / "jpg")
-    path = tmp_path / "jpg" / "mimic-cxr-2.0.0-metadata.csv.gz"
+def change_mimic(root, change):
+    """Change the metadata's rows."""
+    path = root / "mimic-cxr-2.0.0-metadata.csv.gz"
     with gzip.open(path, "rt") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        row["StudyTime"] = "" if row["dicom_id"] in ("b1", "b2") else row["StudyTime"]
+        change(row)
     table(path, rows)
+
+
+def test_mimic_cxr_priors_need_a_date_and_a_time_only_within_a_day(tmp_path, film):
+    mimic(tmp_path / "jpg", film)
+    mimic_sections(tmp_path / "jpg")
+    change_mimic(tmp_path / "jpg", lambda row: row.update(StudyTime="") if row["dicom_id"] in ("b1", "b2") else None)
+    found, _, _ = prepared(tmp_path, "mimic-cxr", tmp_path / "jpg")
+    first = found["50000001"].images["frontal"]
+    assert np.array_equal(found["50000002"].images["prior_frontal"], first)  # of an earlier day
+    assert np.array_equal(found["50000003"].images["prior_frontal"], first)  # that day's order is unknown
+
+
+def test_mimic_cxr_without_dates_has_no_priors(tmp_path, film):
+    mimic(tmp_path / "jpg", film)
+    mimic_sections(tmp_path / "jpg")
+    change_mimic(tmp_path / "jpg", lambda row: row.update(StudyDate="") if row["dicom_id"] in ("b1", "b2") else None)
     found, _, _ = prepared(tmp_path, "mimic-cxr", tmp_path / "jpg")
     assert list(found["50000002"].images) == ["frontal", "lateral"]
     assert np.array_equal(found["50000003"].images["prior_frontal"], found["50000001"].images["frontal"])
+
+
+def test_another_film_takes_the_place_of_one_that_cannot_be_used(tmp_path, film):
+    root = tmp_path / "jpg"
+    mimic(root, film)
+    mimic_sections(root)
+    folder = root / "files" / "p10" / "p10000032" / "s50000001"
+    (folder / "a1.jpg").unlink()
+    (folder / "a2.jpg").write_bytes(b"damaged")
+    found, _, left_out = prepared(tmp_path, "mimic-cxr", root)
+    assert list(found["50000001"].images) == ["frontal"]  # by the film a3
+    assert np.array_equal(found["50000002"].images["prior_frontal"], found["50000001"].images["frontal"])
+    assert (1, "image", "file is missing") in left_out and (1, "lateral", "not an image") in left_out
+
+
+def test_reports_that_are_no_files_are_left_out_without_waiting_for_them(tmp_path, film):
+    root = tmp_path / "jpg"
+    mimic(root, film)
+    mimic_texts(root)
+    pipe, endless = (root / "files" / "p10" / "p10000032" / f"s{study}.txt" for study in ("50000001", "50000002"))
+    pipe.unlink()
+    os.mkfifo(pipe)
+    os.truncate(endless, 1 << 40)
+    found, _, left_out = prepared(tmp_path, "mimic-cxr", root)
+    assert not {"50000001", "50000002"} & found.keys()
+    assert {"report cannot be read", "report is too long"} <= {reason for _, _, reason in left_out}
 
 
 def test_mimic_cxr_study_that_the_split_table_lacks(tmp_path, film):

@@ -128,13 +128,15 @@ def _film(root: Path, row: int, cells: dict, name: str, view: str, dicom: str | 
 
 def _record(films: list[_Film], report: str | None, left_out: list[LeftOut]) -> Record:
     views: dict[str, Path] = {}
+    spare: dict[str, list[Path]] = {}
     for film in films:
         if film.view in views:
             left_out.append(LeftOut(film.row, "image", f"another {film.view} film of the study"))
+            spare.setdefault(film.view, []).append(film.path)
         views.setdefault(film.view, film.path)
     first = films[0]
     labels = positives(first.cells, FINDINGS)
-    return Record(first.row, first.study, first.patient, first.split, views, report, labels, first.when)
+    return Record(first.row, first.study, first.patient, first.split, views, report, labels, first.when, spare=spare)
 
 
 def _plus_report(cells: dict[str, str]) -> str:

@@ -44,14 +44,19 @@ def find_studies(root: Path, reports: Path | None, left_out: list[LeftOut]) -> l
     records = []
     for (subject, study), of_study in films.items():
         views: dict[str, Path] = {}
+        spare: dict[str, list[Path]] = {}
         folder = root / "files" / f"p{subject[:2]}" / f"p{subject}" / f"s{study}"
         row = of_study[0].row
         for film in sorted(of_study):
-            if film.view is None or film.view in views:
-                reason = "view position unknown" if film.view is None else f"another {film.view} film of the study"
-                left_out.append(LeftOut(film.row, "image", reason))
+            if film.view is None:
+                left_out.append(LeftOut(film.row, "image", "view position unknown"))
+                continue
+            path = there(*(folder / f"{film.dicom_id}.{suffix}" for suffix in ("jpg", "dcm", "png")))
+            if film.view in views:
+                left_out.append(LeftOut(film.row, "image", f"another {film.view} film of the study"))
+                spare.setdefault(film.view, []).append(path)
             else:
-                views[film.view] = there(*(folder / f"{film.dicom_id}.{suffix}" for suffix in ("jpg", "dcm", "png")))
+                views[film.view] = path
         if not views:
             left_out.append(LeftOut(row, "study", "no current view"))
             continue
@@ -59,7 +64,9 @@ def find_studies(root: Path, reports: Path | None, left_out: list[LeftOut]) -> l
             left_out.append(LeftOut(row, "study", "not in the split table"))
             continue
         split, report = splits[study] if splits else "", report_of(subject, study)
-        records.append(Record(row, study, subject, split, views, report, labels.get(study, ()), of_study[0].when))
+        records.append(
+            Record(row, study, subject, split, views, report, labels.get(study, ()), _first(of_study), spare=spare)
+        )
     return with_priors(records)
 
 
@@ -70,7 +77,13 @@ class _Film(NamedTuple):
     dicom_id: str
     row: int
     view: str | None
-    when: tuple[str, float] | None
+    when: tuple[str] | tuple[str, float] | None
+
+
+def _first(films: list[_Film]) -> tuple[str] | tuple[str, float] | None:
+    """When the first film of a study was taken, to the second where that is known of one."""
+    known = [film.when for film in films if film.when]
+    return min(known, key=lambda when: (when[0], len(when) == 1, when), default=None)
 
 
 def _unusable(cells: dict[str, str], known: set[str]) -> str:
@@ -108,11 +121,14 @@ def _preference(cells: dict[str, str]) -> int:
     return _FIRST.index(position) if position in _FIRST else len(_FIRST)
 
 
-def _when(cells: dict[str, str]) -> tuple[str, float] | None:
-    """StudyDate, and the seconds of StudyTime: HHMMSS.frac, its leading zeros perhaps lost with the quotes."""
+def _when(cells: dict[str, str]) -> tuple[str] | tuple[str, float] | None:
+    """StudyDate, and where there is one the seconds of StudyTime: HHMMSS.frac, its leading zeros perhaps lost with the
+    quotes."""
     whole, _, fraction = cells["StudyTime"].partition(".")
-    if not (cells["StudyDate"].isdecimal() and whole.isdecimal() and len(whole) <= 6):
+    if not cells["StudyDate"].isdecimal():
         return None
+    if not (whole.isdecimal() and len(whole) <= 6):
+        return (cells["StudyDate"],)
     hours, minutes, seconds = (int(whole.zfill(6)[i : i + 2]) for i in (0, 2, 4))
     return cells["StudyDate"], 3600 * hours + 60 * minutes + seconds + (
         float(f"0.{fraction}") if fraction.isdecimal() else 0

@@ -17,6 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from ...errors import DataError
+from ..files import read_file
 from ..shards import LeftOut
 from .record import FRONTAL, LATERAL, Record
 from .tables import find_table, read_rows
@@ -46,14 +47,18 @@ def find_studies(root: Path, reports: Path | None, left_out: list[LeftOut]) -> l
             left_out.append(LeftOut(number, "study", "report is damaged"))
             continue
         views: dict[str, Path] = {}
+        spare: dict[str, list[Path]] = {}
         for image, view in _views(images, views_of).items():
+            path_of = next((where[name] for name in _names(image) if name in where), root / f"{image}.png")
             if view is None or view in views:
                 reason = "view position unknown" if view is None else f"another {view} film of the study"
                 left_out.append(LeftOut(number, "image", reason))
+                if view is not None:
+                    spare.setdefault(view, []).append(path_of)
             else:
-                views[view] = next((where[name] for name in _names(image) if name in where), root / f"{image}.png")
+                views[view] = path_of
         if views:
-            found.append(Record(number, path.stem, path.stem, "", views, report, labels))
+            found.append(Record(number, path.stem, path.stem, "", views, report, labels, spare=spare))
         else:
             left_out.append(LeftOut(number, "study", "no current view"))
     return found
@@ -70,8 +75,8 @@ def read_report(path: Path) -> tuple[str, tuple[str, ...], list[str]]:
     Raises:
         OSError, ValueError, LookupError (an unknown encoding), ElementTree.ParseError: if it is none.
     """
-    content = path.read_bytes()
-    if len(content) > _MOST or b"<!ENTITY" in content:  # no bombs
+    content = read_file(path, _MOST)
+    if b"<!ENTITY" in content:  # no bombs
         raise ValueError("no report")
     tree = ElementTree.fromstring(content)
     texts = {e.get("Label", "").upper(): "".join(e.itertext()).strip() for e in tree.iter("AbstractText")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,9 +19,11 @@ class Record:
 
     row: of the source's table, from 1: names the study without identifying anyone.
     split: of SPLITS, or "": by a hash of patient_id.
-    views: the file of each view, keyed by a name of VIEWS.
+    views: the file of each view, keyed by a name of VIEWS. spare: other films of a view, in order, for where that file
+        cannot be used.
     report: its text, or the file that holds it; None where the source has no reports.
-    when: what the patient's studies are ordered by; None where nobody knows.
+    when: what the patient's studies are ordered by, as a date and a time, the latter perhaps missing; None where nobody
+        knows.
     boxes, progressions: see Study.
     """
 
@@ -35,6 +37,7 @@ class Record:
     when: tuple | None = None
     boxes: tuple[Box, ...] = field(default=())
     progressions: tuple[tuple[str, str], ...] = field(default=())
+    spare: Mapping[str, Sequence[Path]] = field(default_factory=dict)
 
 
 def with_priors(records: Iterable[Record]) -> list[Record]:
@@ -46,11 +49,18 @@ def with_priors(records: Iterable[Record]) -> list[Record]:
     for studies in of_patient.values():
         studies.sort(key=lambda record: record.when or ())
         for number, record in enumerate(studies):
-            earlier = (p for p in reversed(studies[:number]) if p.views and p.when and p.when < record.when)
-            prior = next(earlier, None) if record.when else None
-            views = {f"prior_{view}": path for view, path in prior.views.items()} if prior else {}
-            found.append(replace(record, views=record.views | views))
+            prior = next((p for p in reversed(studies[:number]) if p.views and _earlier(p, record)), None)
+            if prior is not None:
+                views, spare = ({f"prior_{view}": x for view, x in of.items()} for of in (prior.views, prior.spare))
+                record = replace(record, views=record.views | views, spare={**record.spare, **spare})
+            found.append(record)
     return found
+
+
+def _earlier(one: Record, other: Record) -> bool:
+    """Whether it is known that one came before the other: of one day, by times that both have."""
+    a, b = one.when, other.when
+    return bool(a and b) and (a[:1] < b[:1] or (len(a) == len(b) and a < b))
 
 
 def in_splits(records: Iterable[Record], left_out: list[LeftOut]) -> dict[str, list[Record]]:

@@ -15,7 +15,11 @@ from .record import Record
 from .tables import read_rows
 
 _CURRENT = VIEWS[:2]
-_SPLITS = {"valid": "validate", "val": "validate", "dev": "validate", "training": "train", "testing": "test"}
+_SPLITS = {
+    **dict.fromkeys(("valid", "val", "validation", "dev"), "validate"),
+    "training": "train",
+    "testing": "test",
+}
 
 
 def find_studies(root: Path, reports: Path | None, left_out: list[LeftOut]) -> list[Record]:
