@@ -16,10 +16,10 @@ def read_file(path: str | Path, most: int) -> bytes:
         FileTooLarge: if it holds more.
         FileNotFoundError, OSError, ValueError (a NUL byte in the path): if it cannot be read.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
         raise OSError("not a regular file")
-    with open(path, "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+    if found.st_size > most:
         raise FileTooLarge(f"more than {most} bytes")
-    return content
+    with open(path, "rb") as file:
+        return file.read(found.st_size)
