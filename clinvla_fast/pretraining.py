@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -313,13 +313,30 @@ def compile_tower_blocks(vision: VisionTower | None, text: TextTower | None) -> 
         text.run_block = torch.compile(text_block, fullgraph=True, dynamic=True)
 
 
-def warm_up(stage: Align, batch: StudyBatch) -> float:
-    """Run a batch once as training and once as evaluation does, so that all is compiled: the seconds it took."""
+def warm_up(stage: Align, batch: StudyBatch, trains_one: bool = False, evaluates_one: bool = False) -> float:
+    """Run a batch once as training and once as evaluation does, so that all is compiled: the seconds it took.
+
+    Args:
+        batch: of at least two studies.
+        trains_one, evaluates_one: whether a batch, or a part of one, of one study comes too: PyTorch compiles for a
+            size of 1 apart.
+    """
     start = time.perf_counter()
+    one = _one_view(batch)
     stage.train()
-    stage.backward(stage, batch, 0, 1.0, ExitStack)
+    for seen in (batch, one) if trains_one else (batch,):
+        stage.backward(stage, seen, 0, 1.0, ExitStack)
     stage.zero_grad(set_to_none=True)
     stage.eval()
     with torch.inference_mode():
-        stage.model(batch)
+        for seen in (batch, one) if evaluates_one else (batch,):
+            stage.model(seen)
     return time.perf_counter() - start
+
+
+def _one_view(batch: StudyBatch) -> StudyBatch:
+    """One of its studies, one with a frontal where there is one, with a single view."""
+    study = batch.parts(1)[int(batch.present[:, 0].int().argmax())]
+    present = torch.zeros_like(study.present)
+    present[0, int(study.present[0].int().argmax())] = True
+    return replace(study, present=present)

@@ -34,7 +34,7 @@ from clinvla_fast.data.loader import StudyLoader
 from clinvla_fast.data.phantom.dataset import write_phantoms
 from clinvla_fast.data.shards import read_manifest, read_studies
 from clinvla_fast.data.tokenizer import train_tokenizer
-from clinvla_fast.distributed import from_first, own_device, process_group, rank, ranks
+from clinvla_fast.distributed import from_first, own_device, part, process_group, rank, ranks
 from clinvla_fast.errors import DataError
 from clinvla_fast.evaluation.curves import draw_curves
 from clinvla_fast.fit import fit
@@ -311,7 +311,8 @@ class Job:
             model.standardise_heads(first)
         if self.settings.compile:
             compile_tower_blocks(model.vision, model.text)
-            console.print(f"compiled in {warm_up(stage, first):.0f} s; the speeds below are without it.")
+            seconds = warm_up(stage, first, *self.of_one_study(manifest, {"validate", held_out}))
+            console.print(f"compiled in {seconds:.0f} s; the speeds below are without it.")
         validation = "validate" in manifest["counts"]["splits"]
         validation = self.loader(data, "validate", model) if validation else None
         measure, score = self.measure(lambda: {} if validation is None else retrieve(model, validation))
@@ -441,6 +442,16 @@ class Job:
             ("report", model.text.bert, lambda: model.text_features(batch)),
         ):
             console.print("{} tower: {} of {} linear layers in FP8".format(kind, *quantise(tower, features)))
+
+    def of_one_study(self, manifest: dict, evaluated: set[str]) -> tuple[bool, bool]:
+        """Whether any process trains on, and evaluates, a batch or a part of one that has a single study."""
+        size, chunk = self.optimization.batch_size, self.optimization.chunk
+        trained = [len(range(size)[part(size, ranks(), r)]) for r in range(ranks())]
+        splits = manifest["counts"]["splits"]
+        evaluated = [len(range(r, splits.get(split, 0), ranks())) for split in evaluated for r in range(ranks())]
+        return any(1 in (n, chunk, n % (chunk or n)) for n in trained), any(
+            n % _EVALUATION_BATCH == 1 for n in evaluated
+        )
 
     def training_loader(self, data: Path, tokenizer, checkpoint: str | None, **sizes) -> StudyLoader:
         defaults = {"cache": self.settings.cache, "cache_folder": self.out, "rank": rank(), "ranks": ranks()}

@@ -21,7 +21,8 @@ from clinvla_fast.evaluation.subject import Subject
 from clinvla_fast.interrupts import interruptible, interrupts
 from clinvla_fast.modeling import attention
 from training.console import load_model
-from training.pretrain import main
+from training.pretrain import Job, main
+from training.settings import parse
 
 SMALL = ["--epochs", "3", "--towers.epochs", "1", "--batch-size", "16", "--towers.batch-size", "16", "--device", "cpu"]
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,21 @@ def test_adapter_blocks_that_the_towers_lack(capsys, tmp_path, tiny_towers, give
 
 def test_fp8_without_a_gpu(capsys, tmp_path):
     assert "the device is cpu: leave --fp8 out" in error_of(capsys, "--out", str(tmp_path / "run"), "--fp8")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "held_out", "expected"),
+    [
+        (["--batch-size", "16"], 64, (False, False)),
+        (["--batch-size", "16"], 129, (False, True)),
+        (["--batch-size", "17", "--chunk", "8"], 1, (True, True)),
+        (["--batch-size", "16", "--chunk", "8"], 63, (False, False)),
+        (["--batch-size", "4", "--chunk", "1"], 2, (True, False)),
+    ],
+)
+def test_batches_of_one_study_are_foreseen(tmp_path, sizes, held_out, expected):
+    job = Job(parse([*sizes, "--out", str(tmp_path / "run")]), torch.device("cpu"))
+    assert job.of_one_study({"counts": {"splits": {"train": 100, "test": held_out}}}, {"validate", "test"}) == expected
 
 
 def test_attention_that_cannot_run_is_refused_at_once(capsys, tmp_path):
