@@ -114,18 +114,25 @@ class Score:
 
     def interval(self, draws: int = _DRAWS) -> Interval:
         """The figure and the 2.5th and 97.5th percentile of the same over patients drawn with replacement (Efron 1979),
-        always the same draws. A finding that few patients have, or lack, gets none."""
-        target = self.rows.get("target")
-        if target is not None and target.dtype == bool and target.ndim == 1:
-            sides = (len(np.unique(self.patients[target == side])) for side in (True, False))
-            if min(sides) < _FEWEST:
-                return Interval(self.value, None, None)
+        always the same draws. A finding that fewer than ten patients have, or lack, gets none, nor does a mean over
+        findings with such a one among them."""
+        if self._of_few():
+            return Interval(self.value, None, None)
         found = [self.of(weights) for weights in _drawn(self.patients, draws)]
         return Interval(self.value, *_percentiles(found))
 
+    def _of_few(self) -> bool:
+        """Whether a finding among the rows is one of too few patients; what all or none show is in no figure."""
+        target = self.rows.get("target")
+        if target is None or target.dtype != bool:
+            return False
+        columns = target.reshape(len(target), -1).T
+        sides = [[len(np.unique(self.patients[column == side])) for side in (True, False)] for column in columns]
+        return any(0 < min(of) < _FEWEST for of in sides)
+
     def difference(self, other: "Score", draws: int = _DRAWS) -> Interval:
         """Of this figure to another's, both over the same draws of the patients that both have rows of: what two
-        models share, the easy and the difficult studies, is not in it.
+        models share, the easy and the difficult studies, is not in it. Without an interval where `interval` has none.
 
         Raises:
             ValueError: if their statistics differ or they have no row in common.
@@ -136,8 +143,11 @@ class Score:
         if not len(mine.units):
             raise ValueError(f"{self.name} and {other.name} have no row in common.")
         whole = np.ones(len(mine.units))
+        value = _known(mine.of(whole) - its.of(whole))
+        if mine._of_few() or its._of_few():
+            return Interval(value, None, None)
         found = [mine.of(weights) - its.of(weights) for weights in _drawn(mine.patients, draws)]
-        return Interval(_known(mine.of(whole) - its.of(whole)), *_percentiles(found))
+        return Interval(value, *_percentiles(found))
 
     def _paired(self, other: "Score") -> tuple["Score", "Score"]:
         """Both with the rows that both have, in one order. A unit may have several rows, as over seeds."""

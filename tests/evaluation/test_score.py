@@ -247,12 +247,26 @@ def test_results_are_all_that_was_found(result, tmp_path):
     assert read_result(tmp_path, "collapse").scores[0].value == 3.5
 
 
-@pytest.mark.parametrize(("positives", "known"), [(9, False), (10, True)])
-def test_a_finding_of_few_patients_gets_no_interval(positives, known):
+@pytest.mark.parametrize(("positives", "known"), [(9, False), (10, True), (50, True), (51, False)])
+@pytest.mark.parametrize("columns", [None, 1, 3])  # of one seed, of several
+def test_a_finding_of_few_patients_gets_no_interval(positives, known, columns):
     random = np.random.default_rng(0)
-    rows = {"target": np.arange(60) < positives, "scored": random.normal(size=60)}
-    value, low, high = Score("AUC", "auc", rows, np.arange(60), np.arange(60)).interval()
-    assert value is not None and (low is not None, high is not None) == (known, known)
+    target, scored = np.arange(60) < positives, random.normal(size=(60, columns or 1))
+    rows = {"target": np.stack([target] * columns, 1), "scored": scored} if columns else {}
+    rows = rows or {"target": target, "scored": scored[:, 0]}
+    score = Score("AUC", "macro auc" if columns else "auc", rows, np.arange(60), np.arange(60))
+    for value, low, high in (score.interval(), score.difference(score)):
+        assert value is not None and (low is not None, high is not None) == (known, known)
+
+
+def test_a_mean_over_findings_with_one_of_few_patients_gets_no_interval():
+    random = np.random.default_rng(0)
+    positives = {"enough": [30, 20], "one of few": [30, 9], "one that none show": [30, 0]}
+    known = {}
+    for name, counts in positives.items():
+        rows = {"target": np.arange(60)[:, None] < counts, "scored": random.normal(size=(60, 2))}
+        known[name] = Score("macro AUC", "macro auc", rows, np.arange(60), np.arange(60)).interval().low is not None
+    assert known == {"enough": True, "one of few": False, "one that none show": True}
 
 
 def test_results_on_other_data_stay(result, tmp_path):
