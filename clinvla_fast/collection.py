@@ -88,9 +88,9 @@ def embed(
             or what else `ClinVLA.from_pretrained` takes: on a GPU where there is one, its frozen towers in what the
             run's --precision means there.
         source: a folder written by training.prepare: images and reports, as evaluation sees them, under their study_id.
-            Or a folder of PNG, JPEG and DICOM files, searched through and sorted; or paths of such files: each file is
-            the frontal of a study without a report, under its path (in a folder: relative to the folder). Files that
-            cannot be read are set aside and listed in dropped.csv.
+            Or a folder of PNG, JPEG and DICOM files, searched through and sorted; or such a file, or paths of such
+            files: each file is the frontal of a study without a report, under its path (in a folder: relative to the
+            folder). Files that cannot be read are set aside and listed in dropped.csv.
         split: of a folder written by training.prepare: "train", "validate" or "test"; all of them by default.
         batch_size: studies at a time; results depend on it by rounding only.
         progress: called with (studies done, studies in the source).
@@ -333,14 +333,21 @@ class _Files:
     def __init__(self, source: str | Path | Iterable[str | Path], scratch: Path):
         self._root, names = "", source
         if isinstance(source, str | Path):
-            if not Path(source).is_dir():
-                raise DataError(f"{source}: no such folder, expected shards by training.prepare or image files.")
-            self._root, names = str(source), _image_files(str(source))
+            if Path(source).is_dir():
+                self._root, names = str(source), _image_files(str(source))
+            elif Path(source).is_file():
+                names = [source]
+            else:
+                raise DataError(
+                    f"{source}: no such folder or file, expected shards by training.prepare or image files."
+                )
         self._names = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (it goes when this object goes)
         self.studies, digest = 0, hashlib.sha256()
         for name in names:
             if not isinstance(name, str | Path):
                 raise DataError(f"path {self.studies} of the source is {type(name).__name__}: expected str or Path.")
+            if str(name).lower().endswith(".tar"):
+                raise DataError(f"{name} is a shard: pass the folder that training.prepare wrote it in.")
             line = json.dumps(str(name)).encode() + b"\n"
             digest.update(line)
             self._names.write(line)

@@ -128,6 +128,15 @@ def test_files_that_cannot_be_read_are_set_aside(model, films, tmp_path):
     ]
 
 
+def test_one_film(model, films, tmp_path):
+    known = embed(model, str(films / "00.png"), tmp_path / "out")
+    assert known["counts"] == {"kept": {"studies": 1, "image": 1, "text": 0}, "dropped": {}}
+    ids, image = rows(tmp_path / "out")
+    assert ids == [str(films / "00.png")]
+    expected = model.encode_images([{"frontal": films / "00.png"}])
+    torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
+
+
 def test_a_list_of_paths(model, films, tmp_path):
     """Any iterable, a path twice, one that is missing; the last part holds nothing but what was dropped."""
     paths = [films / "00.png", str(films / "04.jpg"), films / "00.png", films / "none.png"]
@@ -288,6 +297,8 @@ def test_bad_sources(model, films, shards, tmp_path):
         ([], None, "the source has no image"),
         ([films / "00.png", 7], None, "path 1 of the source is int"),
         (films, "test", "has no splits"),
+        (shards / "train-000000.tar", None, r"train-000000\.tar is a shard: pass the folder"),
+        ([shards / "train-000000.tar"], None, r"train-000000\.tar is a shard: pass the folder"),
         (shards, "other", "no studies in its 'other' split"),
     ]:
         with pytest.raises(DataError, match=message):

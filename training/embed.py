@@ -21,7 +21,8 @@ class Embed:
     model: tyro.conf.Positional[Path]
     """The folder of a finished run."""
     source: tyro.conf.Positional[Path]
-    """A folder written by training.prepare, or a folder of PNG, JPEG and DICOM files, each a study's frontal."""
+    """A folder written by training.prepare, or a folder of PNG, JPEG and DICOM files, or one such file; each is a
+    study's frontal."""
     out: Path
     """Folder to create, or to go on with after a run with the same arguments was stopped."""
     split: str | None = None
