@@ -42,6 +42,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 BATCHES = (1, 8, 64, 256)
 PUBLISHED = 8.9e-3  # seconds a study, on an A100: Table 7 of the paper
+SLOWEST = 0.35e-3  # that ours may take
 CLOSE = {"plain": 0.03, "compiled": 0.03, "ours": 0.03, "float8": 0.1}
 """How far from float32 the tokens may be, as a share."""
 
@@ -142,7 +143,7 @@ def test_latency_of_one_study(measured, tmp_path):
     with torch.inference_mode():
         runs = {"ours": held.graph.replay, "call": lambda: captured(batch), "without a graph": lambda: model(batch)}
         taken = measured.turns(runs, rounds=50)
-    measured.faster("than published", [PUBLISHED] * len(taken["ours"]), taken["ours"], least=25)
+    measured.faster("than published", [PUBLISHED] * len(taken["ours"]), taken["ours"], least=PUBLISHED / SLOWEST)
     measured.faster("than without a graph", taken["without a graph"], taken["ours"])
     measured.figure("seconds", {name: median(times) for name, times in taken.items()})
 
