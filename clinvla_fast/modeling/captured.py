@@ -58,8 +58,8 @@ class _Graph:
     present: Tensor
     tokens: Tensor
     lengths: Tensor
-    out: Embeddings
-    graph: torch.cuda.CUDAGraph | None
+    out: Embeddings | None = None  # of the last run
+    graph: torch.cuda.CUDAGraph | None = None  # on a GPU
 
 
 class Captured:
@@ -140,9 +140,8 @@ class Captured:
     def _run(self, held: _Graph, beside: torch.cuda.Stream | None = None) -> Embeddings:
         """The model on what `held` holds, its report tower on the stream `beside`."""
         if beside is None:
-            image, text = embed_images(self.model, held.images, held.present), None
-            text = embed_reports(self.model, held.tokens, held.lengths)
-            return Embeddings(*image, *text)
+            image = embed_images(self.model, held.images, held.present)
+            return Embeddings(*image, *embed_reports(self.model, held.tokens, held.lengths))
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             text = embed_reports(self.model, held.tokens, held.lengths)
@@ -158,8 +157,6 @@ class Captured:
             present=torch.ones(studies, views, dtype=torch.bool, **on),
             tokens=torch.zeros(studies, words, dtype=torch.int64, **on),
             lengths=torch.full((studies,), words, **on),
-            out=None,
-            graph=None,
         )
         if not self._on_gpu:
             return held
