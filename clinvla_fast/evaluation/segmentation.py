@@ -48,7 +48,9 @@ def evaluate_segmentation(subject: Subject, told: Training, progress: Progress) 
     """
     if _VIEW not in subject.model.recipe.views:
         raise NotApplicable(f"{subject.run} looks at {', '.join(subject.model.recipe.views)}: expected {_VIEW} views.")
-    label = told.label or _most_boxes(subject)
+    tested = _most_boxes(subject)
+    train = None if subject.split == "train" else subject.on("train")
+    label = told.label or (_most_boxes(train) if train else tested)
     made = [(share, seed) for share in told.labels for seed in range(told.seeds or SEEDS)]
     found: dict[float, list[_Found]] = {share: [] for share in told.labels}
     shown: dict[str, Any] = {"label": label, "trained": {}}

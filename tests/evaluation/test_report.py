@@ -389,3 +389,22 @@ def test_light_and_dark(opened):
         curve = page.locator("picture img").first.evaluate("e => e.currentSrc")
         seen[scheme] = (*page.locator("body").evaluate(colours), curve)
     assert all(light != dark for light, dark in zip(*seen.values(), strict=True))
+
+
+def test_the_headline_is_of_the_largest_share_of_labels(tmp_path, data):
+    run = evaluated(tmp_path / "run", data, 0)
+    rows = {"value": np.arange(24.0)}, np.arange(24), np.arange(24)
+    names = {
+        "segmentation": ("Dice of edema", "Dice of edema where it is shown"),
+        "linear-probe": ("macro AUC", "AUC edema"),
+    }
+    about = read_result(run, "odd").about
+    for memory, (task, of) in enumerate(names.items()):
+        scores = [Score(f"{share}% of labels, {name}", "mean", *rows) for share in (1, 10, 100) for name in of]
+        encoding = about["encoding"] | {"peak_memory_bytes": 10**9 + memory}
+        write_result(Result(task, scores), run, about | {"encoding": encoding})
+    write_report([run], tmp_path / "report.html")
+    figures = json.loads((tmp_path / "report.json").read_text())
+    headline = [one["score"] for one in figures["headline"] if one["task"] in names]
+    assert headline == ["100% of labels, macro AUC", *(f"100% of labels, {name}" for name in names["segmentation"])]
+    assert figures["runs"]["run"]["cost"]["most memory while evaluating, bytes"] == 10**9 + 1

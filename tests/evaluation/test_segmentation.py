@@ -53,7 +53,8 @@ def test_outlines_what_there_is_and_no_more(outlined, squares):
         assert (picture == (0, 255, 255)).all(-1).any()
     leak = outlined(*map(squares.shuffled, (squares.train, squares.validate, squares.test)))
     for name in (EVERY, SHOWN):
-        assert leak.score(name).interval().low < leak.score(name).chance + 1e-9
+        interval, chance = leak.score(name).interval(), leak.score(name).chance
+        assert interval.low < chance + 1e-9 and chance - 0.05 < interval.high  # it starts as the constant outline
 
 
 def test_the_constant_outline_is_the_best_of_training_masks(outlined, squares):
@@ -80,3 +81,10 @@ def test_data_without_boxes(outlined, squares):
         outlined(squares.train, squares.validate, bare)
     with pytest.raises(NotApplicable, match="no box of 'edema' in its train split"):
         outlined(squares.train, squares.validate, squares.test, replace(TOLD, label="edema"))
+
+
+def test_what_is_outlined_is_chosen_by_training_boxes(outlined, squares):
+    others = tuple(Box("other", "frontal", 0.25, 0.05 * n, 0.25, 0.25) for n in range(9))
+    test = [replace(study, boxes=(*study.boxes, *others)) for study in squares.test]
+    found = outlined(squares.train, squares.validate, test, replace(TOLD, epochs=1))
+    assert found.settings["label"] == squares.label
