@@ -18,6 +18,7 @@ from clinvla_fast.evaluation.report import check_out, names_of, write_report
 from clinvla_fast.evaluation.result import FOLDER, NotApplicable, Result, write_result
 from clinvla_fast.evaluation.subject import Subject, about, read_run_settings
 from clinvla_fast.evaluation.tasks import Options, TaskName, task
+from clinvla_fast.evaluation.zero_shot import read_prompts
 
 from .console import load_model, one_clear_error, progress_bar
 
@@ -54,6 +55,8 @@ def main(args: list[str] | None = None) -> None:
     out = told.report or told.runs[0] / FOLDER / "report.html"
     check_out(out)
     names_of(told.runs)
+    if told.prompts:
+        read_prompts(told.prompts)  # before hours of other tasks
     for run in told.runs:
         if not run.is_dir():
             raise DataError(f"{run}: no such folder, expected that of a finished python -m training.pretrain.")

@@ -49,7 +49,7 @@ def main(args: list[str] | None = None) -> None:
     out = told.report or told.run / FOLDER / "report.html"
     check_out(out)
     model = load_model(told.run, told.device)
-    root = told.data or trained_on(told.run)
+    root, found = told.data or trained_on(told.run), False
     for name in get_args(TaskName):
         if name not in told.task and "all" not in told.task:
             continue
@@ -65,6 +65,13 @@ def main(args: list[str] | None = None) -> None:
             continue
         write_result(result, told.run, about(subject, time.monotonic() - start))
         show(result, console)
+        for share, reason in result.shown.get("shares left out", {}).items():
+            console.print(f"{name}, {share}: left out, as {reason}")
+        found = True
+    if not found:
+        raise DataError(
+            f"{root} has nothing that can be trained on {told.run}: the lines above say what each task expects."
+        )
     write_report((told.run,), out)
     console.print(f"Report: {out} (open it in a browser; it needs no network), and the same figures as JSON beside it.")
 

@@ -36,16 +36,17 @@ def evaluate_classification(subject: Subject, told: Training, progress: Progress
     is stopped by the macro AUC on the validation studies.
     """
     labelled = Labelled(subject)
-    made = [(share, seed) for share in told.labels for seed in range(told.seeds or SEEDS)]
-    predicted: dict[float, list[np.ndarray]] = {share: [] for share in told.labels}
+    shares, too_small = labelled.shares(told)
+    made = [(share, seed) for share in shares for seed in range(told.seeds or SEEDS)]
+    predicted: dict[float, list[np.ndarray]] = {share: [] for share in shares}
     shown = {}
     for number, (share, seed) in enumerate(made):
         used = share_of(labelled.train, share, seed)
         logits, about = _classify(labelled, used, told, seed, nth_of(progress, number, len(made)))
         predicted[share].append(logits)
         shown[f"{percent(share)}, seed {seed}"] = about
-    scores = [score for share in told.labels for score in labelled.scores(percent(share), predicted[share])]
-    return Result("classification", scores, told.settings(), {"trained": shown})
+    scores = [score for share in shares for score in labelled.scores(percent(share), predicted[share])]
+    return Result("classification", scores, told.settings(), {"trained": shown, "shares left out": too_small})
 
 
 def _classify(

@@ -128,7 +128,8 @@ def evaluate_grounding(subject: Subject, options: Options) -> Result:
     box covers, which is shown too, is easy to beat.
 
     Raises:
-        NotApplicable: if the model has no local embeddings, or the data no boxes in views that it looks at.
+        NotApplicable: if the model has no local embeddings, the data no boxes in views that it looks at, or the
+            prompt file no phrase for what has boxes.
         DataError: if the prompt file cannot be used.
     """
     model = subject.model
@@ -141,7 +142,11 @@ def evaluate_grounding(subject: Subject, options: Options) -> Result:
         for label in sorted({query.label for query in asked})
         if named(label) in prompts.names or prompts.other
     }
-    asked = [query for query in asked if query.view in model.recipe.views and query.label in phrases]
+    asked = [query for query in asked if query.view in model.recipe.views]
+    if asked and not any(query.label in phrases for query in asked):
+        boxed = ", ".join(sorted({query.label for query in asked}))
+        raise NotApplicable(f"{path} has no phrase for what has boxes in {subject.root}: expected one of {boxed}.")
+    asked = [query for query in asked if query.label in phrases]
     if not asked:
         raise NotApplicable(
             f"{subject.root} has no boxes in {subject.split}: expected a set with boxes in a view that the model looks "

@@ -22,8 +22,9 @@ _ITERATIONS = 2000
 def evaluate_linear_probe(subject: Subject, told: Training, progress: Progress) -> Result:
     """AUC of each finding by a logistic regression on `subject.features`, with shares of the training labels."""
     labelled = Labelled(subject)
-    made = [(share, seed) for share in told.labels for seed in range(1 if share == 1 else told.seeds or SEEDS)]
-    predicted: dict[float, list[np.ndarray]] = {share: [] for share in told.labels}
+    shares, too_small = labelled.shares(told)
+    made = [(share, seed) for share in shares for seed in range(1 if share == 1 else told.seeds or SEEDS)]
+    predicted: dict[float, list[np.ndarray]] = {share: [] for share in shares}
     shown = {}
     for number, (share, seed) in enumerate(made):
         used = share_of(labelled.train, share, seed)
@@ -32,8 +33,8 @@ def evaluate_linear_probe(subject: Subject, told: Training, progress: Progress) 
         predicted[share].append(labelled.widened(probe(_features(labelled.test)), learned))
         shown[f"{percent(share)}, seed {seed}"] = about | {"left out": labelled.left_out(learned)}
         progress(number + 1, len(made))
-    scores = [score for share in told.labels for score in labelled.scores(percent(share), predicted[share])]
-    return Result("linear-probe", scores, told.settings(), {"trained": shown})
+    scores = [score for share in shares for score in labelled.scores(percent(share), predicted[share])]
+    return Result("linear-probe", scores, told.settings(), {"trained": shown, "shares left out": too_small})
 
 
 class Probe(NamedTuple):
@@ -107,6 +108,25 @@ class Labelled:
                 f"all {len(used.places)} studies to train on have the same labels: pass larger --labels."
             )
         return learned
+
+    def shares(self, told: Training) -> tuple[list[float], dict[str, str]]:
+        """Shares of the labels that something can be learned from with every seed, and why not from the others.
+
+        Raises:
+            NotApplicable: if that is so of none.
+        """
+        kept, left_out = [], {}
+        for share in told.labels:
+            try:
+                for seed in range(told.seeds or SEEDS):
+                    learned = self.learned(share_of(self.train, share, seed))
+                    self.validated(np.zeros((len(self.validate.places), learned.sum())), learned)
+                kept.append(share)
+            except NotApplicable as error:
+                left_out[percent(share)] = str(error)
+        if not kept:
+            raise NotApplicable(left_out[percent(max(told.labels))])
+        return kept, left_out
 
     def left_out(self, learned: np.ndarray) -> dict[str, str]:
         """Findings without a figure, and why."""

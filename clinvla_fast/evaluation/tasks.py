@@ -28,7 +28,7 @@ class Options:
     """What tasks can be told."""
 
     prompts: Path | None = None
-    """Of zero-shot: a TOML file of what stands for each class. None: those that come with the package."""
+    """Of zero-shot and grounding: a TOML file of what stands for each class. None: those that come with the package."""
     rerank: int = 0
     """Of retrieval: this many of each query's best candidates are ordered anew by local alignment; 0 leaves it out."""
     queries: int | None = None

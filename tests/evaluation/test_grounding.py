@@ -270,8 +270,8 @@ def test_refused(written: Callable[..., Subject], tiny_towers: dict[str, Path], 
     subject = written([Box("odd", "frontal", 0, 0, 0.5, 0.5)])
     own = tmp_path / "own.toml"
     own.write_text('[findings.edema]\npositive = ["Edema."]\nnegative = ["No edema."]\n')
-    with pytest.raises(NotApplicable, match="has no boxes in test"):
-        evaluate_grounding(subject, Options(prompts=own))  # of a finding without phrases
+    with pytest.raises(NotApplicable, match=r"own\.toml has no phrase for what has boxes in .*: expected one of odd"):
+        evaluate_grounding(subject, Options(prompts=own))
     for recipe, message in (
         (Recipe(width=24, local_weight=0), "trained without the local loss"),
         (Recipe(width=24, views=("lateral",)), "has no boxes in test: expected .* in a view that the model looks at"),

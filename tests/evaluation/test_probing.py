@@ -72,6 +72,17 @@ def test_a_finding_that_is_not_there_is_left_out_with_the_reason(probed, squares
     assert about["left out"] == {"rare": "none or all of the studies trained on show it"}
 
 
+def test_a_share_too_small_to_learn_from_is_left_out_with_the_reason(probed, squares):
+    same = [replace(s, labels=("no finding",)) for s in squares.train if squares.label not in s.labels]
+    few = [s for s in squares.train if squares.label in s.labels][:2]
+    told = Training(labels=(0.01, 1.0), seeds=2)
+    found = probed([*same, *few], squares.validate, squares.test, told=told)
+    assert {score.name.partition(",")[0] for score in found.scores} == {"100% of labels"}
+    assert "have the same labels" in found.shown["shares left out"]["1% of labels"]
+    with pytest.raises(NotApplicable, match="have the same labels: pass larger --labels"):
+        probed(same, squares.validate, squares.test, told=told)
+
+
 def test_shares_are_nested_and_of_whole_patients(tmp_path, tiny_model, squares):
     subject = Subject(tmp_path, tiny_model, squares.written(tmp_path / "data", squares.train), "train")
     part = Part(subject, np.arange(len(squares.train)))

@@ -161,6 +161,7 @@ def test_what_cannot_be_evaluated(run, finished_run, tmp_path, capsys):
         ([bare, "--data", data, "--split", "tests"], "no studies in its 'tests' split: pass --split with one of train"),
         ([bare, "--task", "none"], "bare was not evaluated"),
         ([run, run], "named twice"),
+        ([run, "--prompts", tmp_path / "none.toml"], "none.toml: no such file, expected prompts in TOML"),
         ([bare, "--data", data, "--task", "collapse", "--report", tmp_path / "out.pdf"], "ends in .html"),
     ]:
         assert message in error_of(capsys, *arguments)

@@ -119,6 +119,20 @@ def test_phantoms_and_the_report(run, capsys):
     assert (run / "data" / "manifest.json").read_bytes() == manifest
 
 
+def test_data_that_nothing_can_be_trained_on(run, films, tmp_path, capsys):
+    (tmp_path / "films").mkdir()
+    names = [f"{n}.png" for n in range(4)]
+    _write(tmp_path / "films" / "images", films, names)
+    rows = [{"study_id": n, "patient_id": n, "report": "No edema.", "frontal": f"images/{n}.png", "split": "test"}
+            for n in range(4)]  # fmt: skip
+    _table(tmp_path / "films" / "own.csv", rows)
+    prepare(["csv", str(tmp_path / "films" / "own.csv"), "--out", str(tmp_path / "data"), "--workers", "1"])
+    with pytest.raises(SystemExit) as end:
+        main([str(run), "--data", str(tmp_path / "data"), *QUICK])
+    assert end.value.code == 2 and not (run / "evaluation").exists()
+    assert "has nothing that can be trained on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
