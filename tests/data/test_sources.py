@@ -326,6 +326,36 @@ def test_chexpert_8x200(tmp_path, film):
 # Others
 
 
+def _rename(table_path, old, new):
+    opener = gzip.open if table_path.suffix == ".gz" else open
+    with opener(table_path, "rt") as file:
+        header, rest = file.read().split("\n", 1)
+    assert old in header
+    with opener(table_path, "wt") as file:
+        file.write(header.replace(old, new) + "\n" + rest)
+
+
+@pytest.mark.parametrize(("source", "name"), [("chexpert", "train.csv"), ("chexpert-5x200", "own.csv"),
+                                              ("chexpert-8x200", "text-retrieval/candidate.csv"),
+                                              ("mimic-cxr", "mimic-cxr-2.0.0-chexpert.csv.gz")])  # fmt: skip
+def test_a_finding_without_its_column_is_one_clear_error(tmp_path, film, capsys, source, name):
+    root = tmp_path / "data"
+    row = chexpert_row("CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg", Edema="1.0")
+    if source == "mimic-cxr":
+        mimic(root, film)
+    elif source == "chexpert-8x200":
+        for kind, query in (("image-retrieval", {"Path": row["Path"]}), ("text-retrieval", {"Text": "Edema."})):
+            table(root / kind / "query.csv", [{"Variable": "Edema", **query}])
+            table(root / kind / "candidate.csv", [row])
+    else:
+        table(root / name, [row | {"Report Impression": "Edema."}])
+    _rename(root / name, "Edema", "edema")
+    with pytest.raises(SystemExit):
+        main([source, str(root), "--out", str(tmp_path / "out"), "--dry-run"])
+    error = capsys.readouterr().err
+    assert f"{name} lacks the column Edema; found" in error and "Is 'edema' meant to be 'Edema'?" in error
+
+
 def test_rsna(tmp_path, film):
     root = tmp_path / "data"
     box = {"x": "256.0", "y": "128.0", "width": "512.0", "height": "256.0", "Target": "1"}

@@ -24,6 +24,10 @@ FINDINGS = (
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
     "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
 )  # fmt: skip
+_OF_5X200 = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
+_OF_8X200 = (
+    "No Finding", "Cardiomegaly", "Edema", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Fracture",
+)  # fmt: skip
 _NO_PATH = "path is none of CheXpert's"
 _VIEWS = {"frontal": FRONTAL, "lateral": LATERAL}
 _PATH = re.compile(
@@ -39,7 +43,7 @@ def find_studies(root: Path, reports: Path | None, left_out: list[LeftOut]) -> l
     films: dict[tuple[str, str], list[_Film]] = defaultdict(list)
     numbers = count(1)  # rows are numbered through all tables
     for split, table in tables.items():
-        columns = ("Path", "Frontal/Lateral")
+        columns = ("Path", "Frontal/Lateral", *FINDINGS)
         for row, cells in read_rows(table, left_out, columns, what="image", numbers=numbers) if table else ():
             if film := _film(root, row, cells, cells["Path"], cells["Frontal/Lateral"]):
                 films[film.patient, film.study].append(film)
@@ -71,7 +75,7 @@ def find_5x200_studies(root: Path, reports: Path | None, left_out: list[LeftOut]
     table = root if root.is_file() else need_table([root], "*5x200*.csv", "*.csv")
     folder = root.parent if root.is_file() else root
     found = []
-    for row, cells in read_rows(table, left_out, ("Path", "Report Impression")):
+    for row, cells in read_rows(table, left_out, ("Path", "Report Impression", *_OF_5X200)):
         if film := _film(folder, row, cells, cells["Path"], cells.get("Frontal/Lateral", "")):
             report, labels = f"IMPRESSION: {cells['Report Impression']}", positives(cells, FINDINGS)
             found.append(Record(row, film.name, film.patient, "test", {film.view: film.path}, report, labels))
@@ -91,7 +95,7 @@ def find_8x200_studies(root: Path, reports: Path | None, left_out: list[LeftOut]
             table = find_table([root / kind], f"{role}.csv")
             if table is None:
                 raise DataError(f"{root / kind} holds no {role}.csv: pass the folder with both retrieval sets.")
-            columns = (("Variable",), ("Path", "Text")) if role == "query" else (("Path",), ())
+            columns = (("Variable",), ("Path", "Text")) if role == "query" else (("Path", *_OF_8X200), ())
             for row, cells in read_rows(table, left_out, *columns, numbers=numbers):
                 study = f"{kind}/{role}/{row}"
                 labels = (cells["Variable"].lower(),) if role == "query" else positives(cells, FINDINGS)

@@ -143,7 +143,7 @@ def _splits(folders: list[Path], left_out: list[LeftOut]) -> dict[str, str] | No
 
 def _labels(folders: list[Path], left_out: list[LeftOut]) -> dict[str, tuple[str, ...]]:
     table = find_table(folders, "mimic-cxr-*-chexpert.csv")
-    rows = read_rows(table, left_out, ("study_id",), what="labels") if table else ()
+    rows = read_rows(table, left_out, ("study_id", *FINDINGS), what="labels") if table else ()
     return {cells["study_id"]: positives(cells, FINDINGS) for _, cells in rows}
 
 
