@@ -1,5 +1,6 @@
 """The operations of clinvla_fast as functions of tensors. Formulas and references are in kernels/, a file each."""
 
+import torch
 from torch import Tensor
 
 from .backend import implementation
@@ -162,12 +163,14 @@ def local_alignment(
 ) -> Tensor:
     """Logits of every image against every report from patches and words (GLoRIA's local loss, as ALTA has it).
 
-    Nothing of size images x reports x patches x words is held, forward or backward. For the attention of a word over
-    the patches of one image, as a heatmap shows it, see `word_attention`.
+    Of more than a few studies nothing of size images x reports x patches x words is held, forward or backward. Autocast
+    is left aside, here and in the losses below. For the attention of a word over the patches of one image, as a heatmap
+    shows it, see `word_attention`.
 
     Args:
         image: patch features [I, N, D]; image_mask: bool [I, N], at least one True a row.
-        text: word features [J, T, D] in image's dtype; text_mask: bool [J, T], at least one True a row.
+        text: word features [J, T, D] in image's dtype; text_mask: bool [J, T], at least one True a row. Features that
+            the masks leave out must be finite.
         tau1, tau2, tau3: temperatures, scalars.
 
     Returns:
@@ -179,7 +182,8 @@ def local_alignment(
     """
     _local_alignment.check(image, image_mask, text, text_mask)
     operation = implementation(_local_alignment, image)
-    return operation(image, image_mask, text, text_mask, tau1, tau2, tau3)
+    with _without_autocast(image):
+        return operation(image, image_mask, text, text_mask, tau1, tau2, tau3)
 
 
 def contrastive(image: Tensor, text: Tensor, scale: Tensor, offset: int = 0, symmetric: bool = True) -> Tensor:
@@ -203,7 +207,8 @@ def contrastive(image: Tensor, text: Tensor, scale: Tensor, offset: int = 0, sym
         ValueError: if shapes, dtypes or devices do not fit together, or a match lies outside the batch.
     """
     _contrastive.check(image, text, scale, None, offset)
-    return implementation(_contrastive, image)(image, text, scale, offset, symmetric)
+    with _without_autocast(image):
+        return implementation(_contrastive, image)(image, text, scale, offset, symmetric)
 
 
 def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, offset: int = 0) -> Tensor:
@@ -213,4 +218,10 @@ def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor
     Args, returns and raises as `contrastive`; bias is a scalar tensor. The mean over shards of images is the loss.
     """
     _contrastive.check(image, text, scale, bias, offset)
-    return implementation(_contrastive, image, "sigmoid")(image, text, scale, bias, offset)
+    with _without_autocast(image):
+        return implementation(_contrastive, image, "sigmoid")(image, text, scale, bias, offset)
+
+
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """Losses are called under autocast by many training scripts; their products would lose what float32 is there for."""
+    return torch.autocast(x.device.type, enabled=False)

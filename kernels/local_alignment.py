@@ -73,15 +73,18 @@ def check(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor) ->
 
 
 def word_attention(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor | float) -> Tensor:
-    """A of matched pairs, patches [..., N, D] and words [..., T, D]: [..., N, T], each word's weights sum to 1."""
+    """A of matched pairs, patches [..., N, D] and words [..., T, D]: [..., N, T] in float32 (float64 of float64), as two
+    softmaxes amplify rounding; each word's weights sum to 1."""
+    image, text = (x.to(_real(x.dtype)) for x in (image, text))
     scores = (image @ text.mT).masked_fill(~text_mask.unsqueeze(-2), -torch.inf)
     weights = tau1 * scores.softmax(-1)
     return weights.masked_fill(~image_mask.unsqueeze(-1), -torch.inf).softmax(-2)
 
 
 def word_contexts(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor | float) -> Tensor:
-    """c_t of matched pairs: [..., T, D]."""
-    return word_attention(image, image_mask, text, text_mask, tau1).mT @ image
+    """c_t of matched pairs: [..., T, D], in the dtype of the attention."""
+    attention = word_attention(image, image_mask, text, text_mask, tau1)
+    return attention.mT @ image.to(attention.dtype)
 
 
 def _contexts_of(

@@ -165,6 +165,7 @@ def _find_patches(
         kept, restore = draw(present, patches, keep, seed)
     else:
         torch._assert_async(present.sum() == len(kept), "kept does not have one row for each present view")
+        torch._assert_async(((kept >= 0) & (kept < patches)).all(), "kept names a patch that the images do not have")
         restore = draw_patches.restore_order(kept, patches)
     # The number of views is known by now, so no device is waited for.
     view = torch.nonzero_static(present.flatten(), size=len(kept)).squeeze(1)

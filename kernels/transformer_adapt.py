@@ -782,7 +782,7 @@ def _by_columns(plan: dict[str, object], dtype: torch.dtype) -> dict[str, int]:
         return {"block_m": 32, "block_h": 64, "num_warps": 8, "num_stages": 2}
     if not INTERPRETED and torch.cuda.get_device_capability()[0] < 9:
         return {"block_m": 128, "block_h": 32, "num_warps": 8, "num_stages": 2}
-    short = plan["stored"] or plan["padded_1"] == 16  # with 16 columns and 128 rows, sm_100 spills
+    short = plan["stored"] or 16 in (plan["padded_1"], plan["padded_2"])  # with 16 columns and 128 rows, sm_100 spills
     return {"block_m": 64 if short else 128, "block_h": 64, "num_warps": 8, "num_stages": 2}
 
 

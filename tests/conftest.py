@@ -1,11 +1,14 @@
 """What several tests share: small random parts, and one pair of tiny towers on disk."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+if "gpu" not in sys.argv:  # `-m gpu` runs what is marked so; nothing else needs one
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything of ours is imported
 

@@ -365,6 +365,28 @@ def test_on_a_gpu(shape, dtype, implementation):
         assert _worst(gradients[k], right[k]) < limit + (half_a_step if k < 2 else 0)
 
 
+def test_half_features_have_float32_attention():
+    image, image_mask, text, text_mask, _, tau2, _ = _inputs(3, 3, 98, 60, 128, dtype=torch.bfloat16)
+    tau1 = torch.tensor(1 / 0.07)
+    exact = ops.word_attention(image.double(), image_mask, text.double(), text_mask, tau1.double())
+    found = ops.word_attention(image, image_mask, text, text_mask, tau1)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("studies", [3, 40])  # at once, and in blocks
+def test_autocast_is_left_aside(studies):
+    inputs = _inputs(studies, studies, 20, 12, 16, dtype=torch.float32)
+
+    def under_autocast(*given):
+        with torch.autocast("cpu", torch.bfloat16):
+            return ops.local_alignment(*given)
+
+    found, gradients = _with_gradients(under_autocast, inputs)
+    expected, right = _with_gradients(ops.local_alignment, inputs)
+    assert found.equal(expected) and all(a.equal(b) for a, b in zip(gradients, right, strict=True))
+
+
 def test_attention_and_contexts_of_matched_pairs():
     image, image_mask, text, text_mask, tau1, tau2, _ = _inputs(4, 4, 6, 5, 7)
     attention = ops.word_attention(image, image_mask, text, text_mask, tau1)

@@ -389,6 +389,14 @@ def test_a_row_of_kept_for_each_present_view(name):
             ops.masked_patch_embed(**i, kept=torch.zeros(rows, 1, dtype=torch.int64))
 
 
+@BACKENDS
+@pytest.mark.parametrize("patch", [-1, 6])
+def test_kept_patches_are_those_of_the_images(name, patch):
+    i = _inputs(1, 1, 2, 3, 4, 5) | {"present": torch.ones(1, 1, dtype=torch.bool)}
+    with backend.use(name), pytest.raises(RuntimeError, match="kept names a patch that the images do not have"):
+        ops.masked_patch_embed(**i, kept=torch.tensor([[0, patch]]))
+
+
 # The draw
 
 

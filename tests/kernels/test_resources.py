@@ -45,7 +45,7 @@ def test_resources(operation, capability):
             assert kernel.get(MATRIX[capability]), f"{name} multiplies without {MATRIX[capability]}: {kernel}"
     committed = json.loads(table(operation).read_text())
     if committed["triton"] != version("triton"):
-        return  # another compiler's registers and instructions do not compare
+        pytest.skip(f"the table is of triton {committed['triton']}: another compiler's registers do not compare")
     expected = committed[f"sm_{capability}"]
     assert found.keys() == expected.keys()
     for name, kernel in found.items():
