@@ -47,7 +47,7 @@ class Training:
     unfreeze: bool = False
     """Train all that the run has trained in its image tower, not the task adapters alone."""
     label: str | None = None
-    """Of segmentation: what to outline. None: the label with the most boxes in the train split."""
+    """Of segmentation: what to outline. None: of labels with boxes in each split, the one with the most in train."""
     folds: int = 5
     """Of temporal, where only a test split has progressions: parts by patient, each predicted by a model that was
     trained on others."""

@@ -48,9 +48,7 @@ def evaluate_segmentation(subject: Subject, told: Training, progress: Progress) 
     """
     if _VIEW not in subject.model.recipe.views:
         raise NotApplicable(f"{subject.run} looks at {', '.join(subject.model.recipe.views)}: expected {_VIEW} views.")
-    tested = _most_boxes(subject)
-    train = None if subject.split == "train" else subject.on("train")
-    label = told.label or (_most_boxes(train) if train else tested)
+    label = told.label or _most_boxes(subject)
     made = [(share, seed) for share in told.labels for seed in range(told.seeds or SEEDS)]
     found: dict[float, list[_Found]] = {share: [] for share in told.labels}
     shown: dict[str, Any] = {"label": label, "trained": {}}
@@ -71,13 +69,20 @@ def evaluate_segmentation(subject: Subject, told: Training, progress: Progress) 
 
 
 def _most_boxes(subject: Subject) -> str:
-    counts = Counter(box.label for study in subject.studies for box in study.boxes if box.view == _VIEW)
-    if not counts:
+    """Of the labels that each split has, the one with the most boxes to learn from."""
+    others = [part for split in ("train", "validate") if split != subject.split and (part := subject.on(split))]
+    tested, *learnable = (
+        Counter(box.label for study in part.studies for box in study.boxes if box.view == _VIEW)
+        for part in (subject, *others)
+    )
+    if not tested:
         raise NotApplicable(
             f"{subject.root} has no boxes in the {_VIEW} views of its {subject.split} split: expected those of RSNA or "
             "phantoms."
         )
-    return min(counts, key=lambda label: (-counts[label], label))
+    counts = learnable[0] if learnable else tested
+    everywhere = [label for label in tested if all(label in of for of in learnable)]
+    return min(everywhere or tested, key=lambda label: (-counts[label], label))
 
 
 def _outlined(subject: Subject, label: str) -> np.ndarray:
