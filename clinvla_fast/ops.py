@@ -223,5 +223,5 @@ def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
-    """Losses are called under autocast by many training scripts; their products would lose what float32 is there for."""
+    """Many training scripts call losses under autocast, whose products would lose what float32 is there for."""
     return torch.autocast(x.device.type, enabled=False)

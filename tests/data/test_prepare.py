@@ -82,7 +82,12 @@ def test_csv_end_to_end(images, capsys):
         {"study_id": "s1", "patient_id": "p1", "split": "train", "labels": "edema | pleural effusion"},
         {"study_id": "s2", "patient_id": "p1", "lateral": "other.jpg", "prior_frontal": str(images / "deep.png")},
         {"study_id": "s3", "patient_id": "p1", "split": "test"},
-        {"study_id": "s4", "patient_id": "p2", "split": "Validation", "report": "IMPRESSION: CHF, XXXX.\nSIGNED: Dr. Secret"},
+        {
+            "study_id": "s4",
+            "patient_id": "p2",
+            "split": "Validation",
+            "report": "IMPRESSION: CHF, XXXX.\nSIGNED: Dr. Secret",
+        },
         {"study_id": "s5", "patient_id": "p3", "frontal": "text.png", "split": "test"},
         {"study_id": "s6", "patient_id": "p3", "frontal": "text.png", "lateral": "good.png", "split": "test"},
         {"study_id": "s7", "patient_id": "p3", "frontal": "half.png", "prior_frontal": "good.png"},

@@ -366,7 +366,7 @@ def test_on_a_gpu(shape, dtype, implementation):
 
 
 def test_half_features_have_float32_attention():
-    image, image_mask, text, text_mask, _, tau2, _ = _inputs(3, 3, 98, 60, 128, dtype=torch.bfloat16)
+    image, image_mask, text, text_mask, *_ = _inputs(3, 3, 98, 60, 128, dtype=torch.bfloat16)
     tau1 = torch.tensor(1 / 0.07)
     exact = ops.word_attention(image.double(), image_mask, text.double(), text_mask, tau1.double())
     found = ops.word_attention(image, image_mask, text, text_mask, tau1)
