@@ -73,8 +73,8 @@ def check(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor) ->
 
 
 def word_attention(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Tensor, tau1: Tensor | float) -> Tensor:
-    """A of matched pairs, patches [..., N, D] and words [..., T, D]: [..., N, T] in float32 (float64 of float64), as its
-    two softmaxes amplify rounding; each word's weights sum to 1."""
+    """A of matched pairs, patches [..., N, D] and words [..., T, D]: [..., N, T] in float32 (float64 of float64), as
+    its two softmaxes amplify rounding; each word's weights sum to 1."""
     image, text = (x.to(_real(x.dtype)) for x in (image, text))
     scores = (image @ text.mT).masked_fill(~text_mask.unsqueeze(-2), -torch.inf)
     weights = tau1 * scores.softmax(-1)
