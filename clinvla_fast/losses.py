@@ -289,7 +289,7 @@ def attention_fn(query: Tensor, context: Tensor, temp1: Tensor | float) -> tuple
         )
     image, words = context.flatten(2).mT, query.mT
     regions, counted = (torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for x in (image, words))
-    attention = ops.word_attention(image, regions, words, counted, temp1)
+    attention = ops.word_attention(image, regions, words, counted, temp1).to(query.dtype)
     return image.mT @ attention, attention.mT.unflatten(2, context.shape[2:])
 
 

@@ -114,21 +114,21 @@ class Score:
 
     def interval(self, draws: int = _DRAWS) -> Interval:
         """The figure and the 2.5th and 97.5th percentile of the same over patients drawn with replacement (Efron 1979),
-        always the same draws. A finding that fewer than ten patients have, or lack, gets none, nor does a mean over
-        findings with such a one among them."""
+        always the same draws. A finding that fewer than ten patients have, or lack, gets none; a mean over
+        findings does, unless all are such."""
         if self._of_few():
             return Interval(self.value, None, None)
         found = [self.of(weights) for weights in _drawn(self.patients, draws)]
         return Interval(self.value, *_percentiles(found))
 
     def _of_few(self) -> bool:
-        """Whether a finding among the rows is one of too few patients; what all or none show is in no figure."""
+        """Whether all findings among the rows are of too few patients; what all or none show is in no figure."""
         target = self.rows.get("target")
         if target is None or target.dtype != bool:
             return False
         columns = target.reshape(len(target), -1).T
         sides = [[len(np.unique(self.patients[column == side])) for side in (True, False)] for column in columns]
-        return any(0 < min(of) < _FEWEST for of in sides)
+        return max(map(min, sides)) < _FEWEST
 
     def difference(self, other: "Score", draws: int = _DRAWS) -> Interval:
         """Of this figure to another's, both over the same draws of the patients that both have rows of: what two

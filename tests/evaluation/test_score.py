@@ -259,14 +259,14 @@ def test_a_finding_of_few_patients_gets_no_interval(positives, known, columns):
         assert value is not None and (low is not None, high is not None) == (known, known)
 
 
-def test_a_mean_over_findings_with_one_of_few_patients_gets_no_interval():
+def test_a_mean_over_findings_of_few_patients_gets_no_interval():
     random = np.random.default_rng(0)
-    positives = {"enough": [30, 20], "one of few": [30, 9], "one that none show": [30, 0]}
+    positives = {"enough": [30, 20], "one of few": [30, 9], "one that none show": [30, 0], "all of few": [51, 9]}
     known = {}
     for name, counts in positives.items():
         rows = {"target": np.arange(60)[:, None] < counts, "scored": random.normal(size=(60, 2))}
         known[name] = Score("macro AUC", "macro auc", rows, np.arange(60), np.arange(60)).interval().low is not None
-    assert known == {"enough": True, "one of few": False, "one that none show": True}
+    assert known == {"enough": True, "one of few": True, "one that none show": True, "all of few": False}
 
 
 def test_results_on_other_data_stay(result, tmp_path):
