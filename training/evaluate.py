@@ -119,6 +119,9 @@ def split_of(root: Path) -> str:
 
 def show(result: Result, console: Console) -> None:
     """A table of what a task found."""
+    if not result.scores:
+        console.print(f"{result.task}: nothing to score, what it shows is in the report.")
+        return
     table = Table(result.task, "score", "95% interval", "chance", "rows")
     for column in table.columns[1:]:
         column.justify = "right"

@@ -15,7 +15,7 @@ there for 17%: at the temperatures that are learned, a word attends to nearly al
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +40,7 @@ from .tasks import Options
 from .zero_shot import DEFAULT_PROMPTS, named, read_prompts
 
 _SHOWN = 2  # examples of a finding in a view
+_UNSCORED = 10  # findings that are shown of data without boxes
 _DRAWS, _MEASURED = 32, 4  # mismatched maps of each query, and those whose contrast and precision are measured
 _KEYS = ("label", "view")
 
@@ -127,34 +128,49 @@ def evaluate_grounding(subject: Subject, options: Options) -> Result:
     one finding, its maps in other studies): maxima and boxes both lie in the chest, so the share of the view that a
     box covers, which is shown too, is easy to beat.
 
+    Of data without any boxes, some maps of findings that studies are labelled with are shown, and nothing is scored.
+
     Raises:
-        NotApplicable: if the model has no local embeddings, the data no boxes in views that it looks at, or the
-            prompt file no phrase for what has boxes.
+        NotApplicable: if the model has no local embeddings, the data neither boxes nor labels with phrases in views
+            that it looks at, or the prompt file no phrase for what has boxes.
         DataError: if the prompt file cannot be used.
     """
     model = subject.model
     _check(model)
     path = options.prompts or DEFAULT_PROMPTS
     prompts = read_prompts(path)
-    asked = _queries(subject.studies)
+    boxed = _queries(subject.studies)
+    asked = boxed or _unboxed(subject.studies, prompts.leave_out)
     phrases = {
         label: prompts.of(named(label))[0]
         for label in sorted({query.label for query in asked})
         if named(label) in prompts.names or prompts.other
     }
     asked = [query for query in asked if query.view in model.recipe.views]
-    if asked and not any(query.label in phrases for query in asked):
+    if boxed and asked and not any(query.label in phrases for query in asked):
         boxed = ", ".join(sorted({query.label for query in asked}))
         raise NotApplicable(f"{path} has no phrase for what has boxes in {subject.root}: expected one of {boxed}.")
     asked = [query for query in asked if query.label in phrases]
     if not asked:
         raise NotApplicable(
             f"{subject.root} has no boxes in {subject.split}: expected a set with boxes in a view that the model looks "
-            "at, as rsna or phantoms prepared by this version."
+            "at, as rsna or phantoms prepared by this version, or with labels that have phrases."
         )
     maps, whole = _maps(subject, asked, phrases)
     there = [row for row, found in enumerate(maps) if found.size]  # a box may be of a view that is not
     asked, maps = [asked[row] for row in there], [maps[row] for row in there]
+    about = {
+        "map": "mean product of patches and the pieces of the finding's phrases",
+        "phrases": {label: list(of) for label, of in phrases.items()},
+    }
+    if not boxed:
+        first = {query.name: query for query in reversed(asked)}
+        examples = [
+            {"place": query.place, "label": query.label, "view": query.view, "heatmap": name}
+            for name, query in reversed(first.items())
+        ]
+        shown = about | {"scored": "nothing, as there are no boxes", "examples": examples}
+        return Result("grounding", [], {"prompts": path.name}, shown, whole)
     size = model.vision.image_size
     own = [list(phrases).index(query.label) for query in asked]
     found = [
@@ -162,10 +178,8 @@ def evaluate_grounding(subject: Subject, options: Options) -> Result:
         for row, others in enumerate(_mismatched(asked, options.seed))
     ]
     examples = _examples(asked)
-    shown = {
-        "map": "mean product of patches and the pieces of the finding's phrases",
+    shown = about | {
         "covered by boxes": float(np.mean([one.area for one in found])),
-        "phrases": {label: list(of) for label, of in phrases.items()},
         "examples": [
             {
                 "place": asked[row].place,
@@ -247,6 +261,18 @@ def _queries(studies: Sequence[Study]) -> list[_Query]:
         for box in study.boxes:
             found[place, box.label, box.view].append(box)
     return [_Query(number, *key, tuple(boxes)) for number, (key, boxes) in enumerate(found.items())]
+
+
+def _unboxed(studies: Sequence[Study], leave_out: Collection[str]) -> list[_Query]:
+    """The commonest findings in a few studies each, in both current views."""
+    of_label: dict[str, list[int]] = defaultdict(list)
+    for place, study in enumerate(studies):
+        for label in study.labels:
+            of_label[label].append(place)
+    findings = [label for label in of_label if named(label) not in {"no finding", *leave_out}]
+    commonest = sorted(findings, key=lambda label: (-len(of_label[label]), label))[:_UNSCORED]
+    asked = [(place, label) for label in commonest for place in of_label[label][:_SHOWN]]
+    return [_Query(row, place, label, view, ()) for row, (place, label) in enumerate(asked) for view in VIEWS[:2]]
 
 
 @torch.inference_mode()

@@ -266,6 +266,16 @@ def test_one_finding_with_several_boxes(written: Callable[..., Subject]):
     assert result.shown["phrases"]["Pneumonia"][0] == "There is pneumonia."
 
 
+def test_data_without_boxes_are_shown_and_not_scored(subject: Subject):
+    bare = Subject(subject.run, subject.model, subject.root, subject.split)
+    bare.studies = [replace(study, boxes=()) for study in bare.studies]
+    result = evaluate_grounding(bare, Options())
+    assert not result.scores and result.shown["examples"]
+    for example in result.shown["examples"]:
+        assert example["label"] in bare.studies[example["place"]].labels and example["label"] != "no finding"
+        assert np.isfinite(result.arrays[example["heatmap"]]).any()
+
+
 def test_refused(written: Callable[..., Subject], tiny_towers: dict[str, Path], tmp_path: Path):
     subject = written([Box("odd", "frontal", 0, 0, 0.5, 0.5)])
     own = tmp_path / "own.toml"

@@ -57,14 +57,14 @@ ALONE = {"reconstruction"}
 REPORTS = {"retrieval", "adapter-depth"}
 TASKS = {
     "mimic-cxr": REPORTS | ALONE,
-    "chexpert": ALONE | {"zero-shot", "collapse"},
+    "chexpert": ALONE | {"zero-shot", "collapse", "grounding"},
     "chexpert-plus": REPORTS | ALONE,
-    "chexpert-5x200": REPORTS | {"zero-shot", "collapse", "modality-bias"},
-    "chexpert-8x200": {"retrieval", "zero-shot", "collapse"},
+    "chexpert-5x200": REPORTS | {"zero-shot", "collapse", "modality-bias", "grounding"},
+    "chexpert-8x200": {"retrieval", "zero-shot", "collapse", "grounding"},
     "rsna": ALONE | {"zero-shot", "collapse", "grounding"},
-    "nih": ALONE | {"zero-shot", "collapse"},
-    "ms-cxr-t": {"collapse"},
-    "open-i": REPORTS | ALONE,
+    "nih": ALONE | {"zero-shot", "collapse", "grounding"},
+    "ms-cxr-t": {"collapse", "grounding"},
+    "open-i": REPORTS | ALONE | {"grounding"},
     "csv": REPORTS | ALONE,
 }
 
