@@ -39,7 +39,7 @@ from torch.utils.flop_counter import register_flop_formula
 from triton import cdiv, jit, next_power_of_2
 
 from .launch import launch, multiplied_in
-from .onednn import matmul
+from .onednn import matmul, over_rows
 from .traffic import nbytes, register_byte_formula
 
 _SHORTEST = 1e-12  # a shorter row counts as zero, which has no direction: cosine 0, gradient 0
@@ -47,7 +47,7 @@ _ONE_EXP_UP_TO = tl.constexpr(70.0)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LIFT = tl.constexpr(8192.0)  # G is at most 1: lifts what is small in it over the subnormals of fp16
 _PROGRAMS = 264  # two for each multiprocessor of an H200: fewer, and the streamed side is split
-_BLOCK_LOGITS = 1 << 18  # that the reference holds at a time: 1 MB, within a CPU core's cache
+_BLOCK_LOGITS = 1 << 18  # that the reference holds at a time: 1 MB, within a CPU core's cache, or as much as y has
 
 
 def check(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, offset: int) -> None:
@@ -100,7 +100,7 @@ def _logits(x: Tensor, y: Tensor, bias: Tensor | None, diagonal: int) -> Tensor:
     z = x @ y.mT if torch.is_grad_enabled() else matmul(x, y.mT)
     if bias is None:
         return z
-    z = z + bias
+    z += bias
     z.diagonal(diagonal).neg_()
     return z
 
@@ -112,25 +112,29 @@ def _weighted(lse: Tensor, matched: slice, weight: float) -> Tensor:
     return out
 
 
+def _block_rows(y: Tensor) -> int:
+    """As few rows as y is wide would cost more to add to its gradient than to multiply."""
+    return max(1, _BLOCK_LOGITS // len(y), y.shape[1])
+
+
 class _InfoNCE(Function):
     """InfoNCE of z = x y^T by blocks of rows, multiplied again in the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, offset: int, symmetric: bool, size: int) -> Tensor:
-        row_parts, column_parts, match = [], [], x.new_zeros(())
+        row_parts, column_lse, match = [], None, x.new_zeros(())
         for start, block in zip(range(0, len(x), size), x.split(size), strict=True):
             z = _logits(block, y, None, offset + start)
             match += z.diagonal(offset + start).sum()
             row_parts.append(z.logsumexp(1))
             if symmetric:
-                column_parts.append(z.logsumexp(0))
+                below = z.logsumexp(0)
+                column_lse = below if column_lse is None else torch.logaddexp(column_lse, below)
         rows, columns = _matches(len(x), len(y), offset)
         weight = 0.5 if symmetric else 1.0
         row_lse = torch.cat(row_parts)
         total = weight * row_lse[rows].sum() - match
-        column_lse = None
         if symmetric:
-            column_lse = torch.stack(column_parts).logsumexp(0)
             total += weight * column_lse[columns].sum()
             column_lse = _weighted(column_lse, columns, weight)
         ctx.save_for_backward(x, y, _weighted(row_lse, rows, weight), column_lse)
@@ -186,7 +190,7 @@ def _multiply_back(
         if ctx.needs_input_grad[0]:
             dx.append(matmul(g, y))
         if dy is not None:
-            dy += matmul(g.mT, block)
+            dy += over_rows(g, block)
         if bias is not None:
             dbias += g.sum()
     return grad * torch.cat(dx) if dx else None, None if dy is None else grad * dy, grad * dbias
@@ -196,7 +200,7 @@ def reference(image: Tensor, text: Tensor, scale: Tensor, offset: int = 0, symme
     x, y = _unit(image), _unit(text)
     x = scale.to(x.dtype) * x
     if len(x) * len(y) > _BLOCK_LOGITS:
-        return _InfoNCE.apply(x, y, offset, symmetric, max(1, _BLOCK_LOGITS // len(y)))
+        return _InfoNCE.apply(x, y, offset, symmetric, _block_rows(y))
     z = _logits(x, y, None, offset)
     rows, columns = _matches(len(x), len(y), offset)
     to_text = cross_entropy(z[rows], torch.arange(columns.start, columns.stop, device=z.device))
@@ -209,7 +213,7 @@ def reference_sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, 
     x, y = _unit(image), _unit(text)
     x, bias = scale.to(x.dtype) * x, bias.to(x.dtype)
     if len(x) * len(y) > _BLOCK_LOGITS:
-        return _Sigmoid.apply(x, y, bias, offset, max(1, _BLOCK_LOGITS // len(y)))
+        return _Sigmoid.apply(x, y, bias, offset, _block_rows(y))
     return -logsigmoid(-_logits(x, y, bias, offset)).sum() / len(x)
 
 

@@ -187,7 +187,7 @@ def _to_half(
 def _relu(sums, MULTIPLIED: tl.constexpr):
     hidden = ()
     for j in tl.static_range(len(sums)):
-        hidden += (tl.maximum(sums[j], 0.0).to(MULTIPLIED),)
+        hidden += (tl.maximum(sums[j], 0.0, propagate_nan=tl.PropagateNan.ALL).to(MULTIPLIED),)
     return hidden
 
 

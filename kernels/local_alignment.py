@@ -40,7 +40,7 @@ from torch.utils.flop_counter import register_flop_formula
 from triton import cdiv, jit, next_power_of_2
 
 from .launch import INTERPRETED, launch, summed_in
-from .onednn import bmm, matmul
+from .onednn import bmm, matmul, over_rows
 from .traffic import nbytes, register_byte_formula
 
 _BLOCK_ELEMENTS = 1 << 19  # of a block's S: what a CPU's cache holds
@@ -130,7 +130,7 @@ def _block_gradients(
     d_products = toward.sub_(inner[..., None]).mul_(share).mul_(tau1).addcmul_(weights, along[:, None])
     d_products = d_products.flatten(0, 1).flatten(1)
     d_image = bmm(weights.flatten(2), d_context.mT).add_(matmul(d_products, words).view_as(image))
-    d_text = matmul(patches.mT, d_products).mT.view_as(text)
+    d_text = over_rows(d_products, patches).view_as(text)
     return d_image, d_text, beside.view_as(text[..., 0]), inner.sum(), (chosen * cosine).sum()
 
 

@@ -24,7 +24,9 @@ from triton.runtime.jit import JITFunction
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COUNTED = {"HGMMA": "wgmma", "HMMA": "mma", "UTCHMMA": "tcgen05", "LDL": "spill loads", "STL": "spill stores"}
-"""SASS instructions that are told apart: matrix products of sm_90, sm_80 and sm_100, and local memory."""
+COUNTED |= dict.fromkeys(("RED", "REDG", "ATOM", "ATOMG"), "atomics")
+"""SASS instructions that are told apart: matrix products of sm_90, sm_80 and sm_100, local memory, and additions in
+memory whose order is chance."""
 
 
 class Target:
@@ -53,8 +55,10 @@ def resources(cubin: bytes) -> dict[str, int]:
 
         usage = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", dump("--dump-resource-usage")))
         opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", dump("--dump-sass")))
-    counted = {name: opcodes[opcode] for opcode, name in COUNTED.items() if opcodes[opcode]}
-    return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "instructions": opcodes.total()} | counted
+    counted = Counter()
+    for opcode, name in COUNTED.items():
+        counted[name] += opcodes[opcode]
+    return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "instructions": opcodes.total()} | +counted
 
 
 def compile_launches(operation: str, capability: int) -> dict[str, dict[str, int]]:

@@ -234,7 +234,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("images", "texts", "offset"), [(9, 9, 0), (3, 40, 21), (40, 3, -21)])
 def test_reference_by_blocks(form, images, texts, offset, monkeypatch):
-    arguments = _arguments(images, texts, 5, torch.float64, form)
+    arguments = _arguments(images, texts, 2, torch.float64, form)
     whole = _run("reference", form, arguments, offset)
     monkeypatch.setattr(contrastive, "_BLOCK_LOGITS", 25)
     torch.testing.assert_close(_run("reference", form, arguments, offset), whole)

@@ -84,6 +84,16 @@ def test_round_trip(rows, half, inner, dtype, seed, implementation):
             torch.testing.assert_close(back, x, rtol=0, atol=roundings * scale)
 
 
+@both_backends
+def test_what_is_not_a_number_stays_in_its_row_and_is_seen_there(random_bottleneck, implementation):
+    """Everything that depends on it is none either: ReLU does not make zeros of it."""
+    x, f, g = _random(random_bottleneck, (5, 12), 3, dtype=torch.float32)
+    x[2, 8] = torch.nan
+    with backend.use(implementation):
+        out = ops.invertible_adapter(x, f, g)
+    assert out[2].isnan().all() and out[[0, 1, 3, 4]].isfinite().all()
+
+
 def test_order_of_the_halves_matters(random_bottleneck):
     x, f, g = _random(random_bottleneck, (3, 8), 2)
     swapped = ops.invertible_adapter(x, g, f)

@@ -1,5 +1,5 @@
 """Every kernel, as the launcher would start it, compiled for three architectures: it fits, does not spill, uses the
-tensor cores, and takes no more than the committed table says.
+tensor cores, has no atomics, and takes no more than the committed table says.
 
 After a change that is meant: `python tests/kernels/test_resources.py` writes the tables anew.
 """
@@ -41,6 +41,7 @@ def test_resources(operation, capability):
     for name, kernel in found.items():
         assert kernel["stack"] == 0 and not kernel.get("spill loads"), f"{name} spills: {kernel}"
         assert kernel["shared"] <= SHARED_LIMIT[capability], f"{name}: {kernel}"
+        assert not kernel.get("atomics"), f"{name} sums in an order that is chance: {kernel}"
         if "matrix" in kernel:
             assert kernel.get(MATRIX[capability]), f"{name} multiplies without {MATRIX[capability]}: {kernel}"
     committed = json.loads(table(operation).read_text())

@@ -11,6 +11,7 @@ SHAPES = (  # rows, width, inner width
     (32768, 768, 192, torch.bfloat16),
     (32768, 1024, 256, torch.bfloat16),
     (32768, 384, 96, torch.bfloat16),
+    (32768, 192, 48, torch.bfloat16),
     (197, 768, 192, torch.bfloat16),
     (32768, 768, 192, torch.float32),
     (197, 44, 11, torch.float16),

@@ -13,6 +13,8 @@ CASES = {
     "ViT 768-64": ((768, (64, 64), False, ("relu", 1.0, False, False), False), (BF16, FP16, FP32), False),
     "BERT 768-64": ((768, (64, 64), True, ("relu", 1.0, False, False), False), (BF16, FP32), False),
     "BERT 1024-192": ((1024, (192, 192), True, ("relu", 1.0, False, False), False), (BF16, FP32), False),
+    "ViT 768-16-64": ((768, (16, 64), False, ("relu", 1.0, False, False), False), (BF16,), False),
+    "BERT 768-192-48": ((768, (192, 48), True, ("relu", 1.0, False, False), False), (BF16,), False),
     "MAD-X 192-16": ((192, (16,), True, ("relu", 1.0, False, False), False), (BF16,), False),
     "ALTA ViT 768-192": ((768, (192,), False, ("gelu", 0.5, True, False), True), (BF16,), False),
     "ALTA BERT 768-192": ((768, (192,), True, ("gelu", 0.5, True, True), True), (BF16,), True),
