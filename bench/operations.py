@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, layer_norm, linear, logsigmoid, normalize, relu
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from clinvla_fast import ops
 from clinvla_fast.kernels import contrastive, invertible_adapter, masked_patches, transformer_adapt
@@ -96,7 +97,8 @@ class Make:
         read = torch.ones(studies, 128, dtype=torch.bool, device=self.device)
         image, text = (self.normal(*mask.shape, LOCAL) for mask in (seen, read))
         inputs = [image, seen, text, read, *self.scalars(*TAUS)]
-        return Case(ops.local_alignment, plain_align, fused_align, inputs)
+        plain = plain_align if studies <= 256 else plain_align_in_turns
+        return Case(ops.local_alignment, plain, fused_align, inputs)
 
     def contrast(self, pairs: int, sigmoid: bool) -> Case:
         inputs = [self.normal(pairs, LOCAL), self.normal(pairs, LOCAL), *self.scalars(1 / 0.07)]
@@ -147,6 +149,14 @@ def plain_align(image, image_mask, text, text_mask, tau1, tau2, tau3) -> Tensor:
     contexts = torch.einsum("ijnt,ind->ijtd", attention, image)
     similarity = torch.cosine_similarity(text, contexts, dim=-1)
     return tau3 * (tau2 * similarity).masked_fill(~text_mask, -torch.inf).logsumexp(-1)
+
+
+def plain_align_in_turns(image, image_mask, text, text_mask, *taus) -> Tensor:
+    """The same for 64 reports at a time, made again in the backward pass: all at once fits into no GPU's memory."""
+    turns = zip(text.split(64), text_mask.split(64), strict=True)
+    return torch.cat(
+        [checkpoint(plain_align, image, image_mask, *reports, *taus, use_reentrant=False) for reports in turns], 1
+    )
 
 
 def caption_loop(image, image_mask, text, text_mask, tau1, tau2, tau3) -> Tensor:
