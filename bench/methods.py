@@ -31,7 +31,7 @@ from clinvla_fast.evaluation.tasks import task as task_named
 from training.console import load_model
 
 ROOT = Path(__file__).parents[1]
-STORED = ROOT / "bench" / "results" / "cpu-2-cores" / "methods.json"
+STORED = ROOT / "bench" / "results" / "methods.json"
 METHODS = ("clinvla", "alta", "adaptor", "mrm", "gloria", "convirt")
 BESIDE = {  # what tells whether frozen towers, or how much of an image is seen, make a difference between methods
     "clinvla, end to end": ["--unfreeze"],

@@ -4,7 +4,7 @@
     python -m bench.report --check    # changes nothing; says which figure is not the stored one
 
 In a document, what follows a figure says where it is stored, and the figure is written anew with as many digits as
-stand there: `2.46<!--=cpu-2-cores/towers::test_encoding::float32-->`. Keys lead through the file (a test's ratios and
+stand there: `2.46<!--=DEVICE/towers::test_encoding::float32-->`. Keys lead through the file (a test's ratios and
 figures are its own keys, "noise" is a ratio's), `*1e-9` scales. Between `<!-- table NAME -->` and `<!-- end -->` is a
 table of `TABLES`.
 """
@@ -38,7 +38,7 @@ EPOCHS = {"alta": 30, "mrm": 200}
 
 
 def read(name: str) -> dict[str, Any]:
-    """A stored result, such as cpu-2-cores/towers."""
+    """A stored result, such as counts."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
@@ -136,7 +136,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "table-7": table_7,
     "alta-and-mrm": alta_and_mrm,
     "scaling": lambda: scaling.scaling_table(read("scaling")),
-    **{name: lambda name=name: methods.TABLES[name](read("cpu-2-cores/methods")[name]) for name in methods.TABLES},
+    **{name: lambda name=name: methods.TABLES[name](read("methods")[name]) for name in methods.TABLES},
 }
 
 

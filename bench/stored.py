@@ -42,14 +42,19 @@ def device(on_gpu: bool) -> dict[str, Any]:
         command = ["nvidia-smi", f"--id={index}", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
         return {"name": torch.cuda.get_device_name(index), "driver": driver, "cuda": torch.version.cuda}
-    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return {"name": names[0] if names else platform.machine(), "cores": len(os.sched_getaffinity(0))}
+    told = dict(
+        re.findall(r"^(model name|cpu family|model)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    )
+    name = told.get("model name", platform.machine())
+    if "model" in told:  # the name alone may say no more than whose it is: ratios of Zen 4 and Zen 5 differ by half
+        name += f", {told['cpu family']}-{told['model']}"
+    return {"name": name, "cores": len(os.sched_getaffinity(0))}
 
 
 def folder(on_gpu: bool) -> Path:
     """Of a device's results."""
     of = device(on_gpu)
-    name = of["name"] if on_gpu else f"cpu {of['cores']} cores"
+    name = of["name"] if on_gpu else f"{of['name']} {of['cores']} cores"
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

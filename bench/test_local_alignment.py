@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.measure import peak_memory
+from bench.measure import cpu_rates, peak_memory
 from bench.operations import LOCAL, TAUS, caption_loop
 from clinvla_fast import ops
 
@@ -40,7 +40,7 @@ def variable_lengths(studies: int) -> Tensor:
 
 
 CASES = {  # studies, patches, caption lengths, rounds, the least ratio of speeds
-    "64 studies": (64, 196, torch.full((64,), 127), 5, 1.2),
+    "64 studies": (64, 196, torch.full((64,), 127), 5, 1.2),  # 1 where PyTorch's own products are as fast as oneDNN's
     "2 studies": (2, 196, torch.full((2,), 127), 100, 1.0),
     "4 of variable length": (4, 98, variable_lengths(4), 100, 1.0),
     "8 of variable length": (8, 98, variable_lengths(8), 60, 1.0),
@@ -56,7 +56,8 @@ def test_speed(measured, case):
     for actual, right in zip(ours(), loop(), strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-4 * right.abs().max().item())
     taken = measured.turns({"loop": loop, "ours": ours}, rounds)
-    measured.faster("than the loop", taken["loop"], taken["ours"], least)
+    fast, default = cpu_rates()
+    measured.faster("than the loop", taken["loop"], taken["ours"], least if fast > 1.5 * default else 1.0)
 
 
 def test_memory(measured):
