@@ -15,7 +15,7 @@ from clinvla_fast.machine import matrix_rate
 Run = Callable[[], object]
 Times = dict[str, list[float]]
 """Seconds of each run, a turn each."""
-LEAST, LONGEST = 3, 5.0
+LEAST, LONGEST = 3, 3.0
 """Turns that there are in any case (one fewer where a turn takes longer), and seconds after which there are no more."""
 
 

@@ -86,7 +86,7 @@ class Source:
             return _show_reports(records, self.show, self.clean)
         if self.dry_run:
             return _print_found(self.root, records, left_out)
-        finished = (self.out / "manifest.json").is_file()
+        finished = (self.out / "manifest.json").is_file() and bool(read_manifest(self.out)["counts"]["kept"])
         preparation = Preparation(self.short_side, self.image_format, reading, self.clean)
         with progress_bar("studies") as progress:
             manifest = prepare(self.source, records, left_out, self.out, preparation, self.workers, progress)

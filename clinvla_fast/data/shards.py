@@ -148,7 +148,8 @@ def write_shards(
 
     Raises:
         DataError: if `out` is taken, or being written by another process, or was started with other items or settings;
-            a study's split is not its item's; no study is left; a worker dies.
+            a study's split is not its item's; a worker dies; no study is left: then `out` has the manifest and
+            dropped.csv alone, and the next call makes it anew.
         OSError: if the disk is full or `out` cannot be written; its filename is `out`.
     """
     named, out = Path(out), Path(out).resolve()
@@ -163,9 +164,14 @@ def write_shards(
     ]
     about = {"format": _FORMAT, "source": source, "settings": settings, "versions": versions(_MAKERS)}
     about["job_sha256"] = _identity(about, jobs, left_out, image_format)
-    if (out / "manifest.json").is_file() and read_manifest(out).get("job_sha256") == about["job_sha256"]:
-        shutil.rmtree(out / ".partial", ignore_errors=True)
-        return read_manifest(out)  # killed after its last step, perhaps
+    if (out / "manifest.json").is_file():
+        earlier = read_manifest(out)
+        if not earlier["counts"]["kept"]:  # there is nothing to lose, and files may have turned up
+            for name in ("manifest.json", "dropped.csv"):
+                (out / name).unlink(missing_ok=True)
+        elif earlier.get("job_sha256") == about["job_sha256"]:
+            shutil.rmtree(out / ".partial", ignore_errors=True)
+            return earlier  # killed after its last step, perhaps
     if not (partial / "manifest.json").is_file():
         empty_or_absent(named)
     new_parents = [folder for folder in out.parents if not folder.exists()]
@@ -190,7 +196,11 @@ def write_shards(
         if error.filename is None or str(partial) in str(error.filename):
             error.filename, error.filename2 = str(named), None  # a full disk names no file by itself
         raise
-    return read_manifest(out)
+    manifest = read_manifest(out)
+    if not manifest["counts"]["kept"]:
+        dropped = manifest["counts"]["dropped"]
+        raise DataError(f"No study is left to write ({dropped}): {named / 'dropped.csv'} has each and its reason.")
+    return manifest
 
 
 class _NothingLeft(DataError):
@@ -412,8 +422,8 @@ def _finish(partial: Path, about: dict, jobs: list[_Job], left_out: Sequence[Lef
     for job, record in zip(jobs, records, strict=True):
         splits[job.split] += record["shard"]["studies"] if record["shard"] else 0
         labels.update(record["labels"])
-    if not splits.total():
-        raise _NothingLeft(f"No study is left to write ({dict(dropped) or 'the source is empty'}).")
+    if not splits.total() and not aside:
+        raise _NothingLeft("No study is left to write (the source is empty).")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(LeftOut._fields)  # row numbers, not identifiers: it may be shared where the source may not

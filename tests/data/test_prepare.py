@@ -236,8 +236,15 @@ def test_paths_that_cannot_be_used(images, capsys):
 
 def test_no_usable_study(images, capsys):
     table = write_table(images / "table.csv", [{"study_id": "s", "patient_id": "p", "frontal": "none.png"}])
-    assert "No study is left" in one_error(capsys, "csv", table, "--out", images / "data")
-    assert not list(images.glob("*data*"))
+    for _ in range(2):
+        error = one_error(capsys, "csv", table, "--out", images / "data")
+        assert "No study is left" in error and "dropped.csv" in error
+        assert sorted(path.name for path in (images / "data").iterdir()) == ["dropped.csv", "manifest.json"]
+        counts = json.loads((images / "data" / "manifest.json").read_text())["counts"]
+        assert counts["kept"] == 0 and sum(counts["dropped"].values()) == 1
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300), np.uint8)).save(images / "none.png")
+    main(["csv", str(table), "--out", str(images / "data"), "--keep-poor-films"])  # its film has turned up
+    assert read_manifest(images / "data")["counts"]["kept"] == 1
 
 
 def enough_rows(images):
