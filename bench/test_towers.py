@@ -129,7 +129,7 @@ def test_encoding_eight_studies(measured, plain, fast):
 )
 def test_pretraining_step(measured, plain, dtype, than_masked, than_whole):
     """Against end-to-end training."""
-    fast, batch = our_towers(plain, dtype, True), Batch.of(2)
+    fast, batch = our_towers(plain, dtype, True), Batch.of(4)
     kept = batch.kept()
     theirs = partial(autocast, plain_step, plain.train(), batch, dtype=dtype)
     runs = {"masked": lambda: theirs(kept), "whole": lambda: theirs(None), "ours": lambda: our_step(fast, batch, kept)}
@@ -154,8 +154,8 @@ def training_ways(plain: nn.ModuleDict) -> dict[str, Step]:
 
 
 def test_frozen_against_end_to_end(measured, plain):
-    """The experiment of surveys of adapters: what freezing alone gives, of a quarter of the patches of 2 studies."""
-    batch = Batch.of(2)
+    """The experiment of surveys of adapters: what freezing alone gives, of a quarter of the patches of 4 studies."""
+    batch = Batch.of(4)
     kept = batch.kept()
     runs = {name: partial(step, towers, batch, kept) for name, (step, towers) in training_ways(plain).items()}
     taken = measured.turns(runs, rounds=5)
