@@ -14,8 +14,8 @@ from bench.measure import LONGEST, Ratio, Run, Times, faster, turns
 
 @dataclass
 class Measured:
-    """What one test found. A ratio fails the test when it is under `least` by more than its noise, or fell
-    since it was stored."""
+    """What one test found. A ratio fails the test when it is under `least` by more than its noise or a
+    tenth, or fell since it was stored."""
 
     module: str
     test: str
@@ -52,8 +52,9 @@ class Measured:
         before = stored.baseline(self.module, self.test, self.on_gpu)
         for name, now in self.ratios.items():
             wrong = ""
-            if now.value + now.noise < self.least.get(name, 0):
-                wrong = f"under {self.least[name]:.2f}"
+            least = self.least.get(name, 0)
+            if now.value + min(now.noise, 0.1 * least) < least:
+                wrong = f"under {least:.2f}"
             elif name in before and stored.fell(now, before[name]):
                 wrong = f"fell from {before[name].value:.2f} ± {before[name].noise:.2f}"
             elif name not in before:

@@ -32,14 +32,15 @@ def turns(runs: dict[str, Run], rounds: int, device: str = "cpu", longest: float
     are by its own clock. There are fewer than `rounds` where they would take `longest` seconds."""
     clock, first = (_seconds, 1) if device == "cpu" else (_seconds_on_gpu, 2)
     times: Times = {name: [] for name in runs}
-    begin = time.perf_counter()
-    for turn in range(first + rounds):
+    for turn in range(-first, rounds):
+        if turn <= 0:
+            begin = time.perf_counter()
         passed = time.perf_counter() - begin
-        if turn >= first + LEAST - (passed > turn * longest) and passed > longest:
+        if turn >= LEAST - (passed > turn * longest) and passed > longest:
             break
         for name, run in runs.items():
             taken = clock(run)
-            if turn >= first:
+            if turn >= 0:
                 times[name].append(taken)
     return times
 

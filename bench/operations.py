@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Case:
     plain: Callable[..., Tensor]
     fused: Callable[..., Tensor]
     inputs: list
+    compiled: Callable[..., Tensor] | None = None
+    """`plain` by torch.compile, where that is not all of it at once."""
     leaves: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,8 +100,10 @@ class Make:
         read = torch.ones(studies, 128, dtype=torch.bool, device=self.device)
         image, text = (self.normal(*mask.shape, LOCAL) for mask in (seen, read))
         inputs = [image, seen, text, read, *self.scalars(*TAUS)]
-        plain = plain_align if studies <= 256 else plain_align_in_turns
-        return Case(ops.local_alignment, plain, fused_align, inputs)
+        if studies <= 256:
+            return Case(ops.local_alignment, plain_align, fused_align, inputs)
+        plain, compiled = (partial(in_turns, align) for align in (plain_align, torch.compile(plain_align)))
+        return Case(ops.local_alignment, plain, fused_align, inputs, compiled)
 
     def contrast(self, pairs: int, sigmoid: bool) -> Case:
         inputs = [self.normal(pairs, LOCAL), self.normal(pairs, LOCAL), *self.scalars(1 / 0.07)]
@@ -151,12 +156,11 @@ def plain_align(image, image_mask, text, text_mask, tau1, tau2, tau3) -> Tensor:
     return tau3 * (tau2 * similarity).masked_fill(~text_mask, -torch.inf).logsumexp(-1)
 
 
-def plain_align_in_turns(image, image_mask, text, text_mask, *taus) -> Tensor:
+def in_turns(align: Callable[..., Tensor], image, image_mask, text, text_mask, *taus) -> Tensor:
     """The same for 64 reports at a time, made again in the backward pass: all at once fits into no GPU's memory."""
     turns = zip(text.split(64), text_mask.split(64), strict=True)
-    return torch.cat(
-        [checkpoint(plain_align, image, image_mask, *reports, *taus, use_reentrant=False) for reports in turns], 1
-    )
+    parts = [checkpoint(align, image, image_mask, *reports, *taus, use_reentrant=False) for reports in turns]
+    return torch.cat(parts, 1)
 
 
 def caption_loop(image, image_mask, text, text_mask, tau1, tau2, tau3) -> Tensor:

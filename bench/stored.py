@@ -42,12 +42,10 @@ def device(on_gpu: bool) -> dict[str, Any]:
         command = ["nvidia-smi", f"--id={index}", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
         return {"name": torch.cuda.get_device_name(index), "driver": driver, "cuda": torch.version.cuda}
-    told = dict(
-        re.findall(r"^(model name|cpu family|model)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    )
-    name = told.get("model name", platform.machine())
-    if "model" in told:  # the name alone may say no more than whose it is: ratios of Zen 4 and Zen 5 differ by half
-        name += f", {told['cpu family']}-{told['model']}"
+    told = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+    which = [told[key] for key in ("cpu family", "model", "CPU implementer", "CPU part") if key in told]
+    # a name alone may say no more than whose it is, and ratios of two families differ by half
+    name = ", ".join([told.get("model name", platform.machine()), "-".join(which)][: 1 + bool(which)])
     return {"name": name, "cores": len(os.sched_getaffinity(0))}
 
 

@@ -113,8 +113,8 @@ def _weighted(lse: Tensor, matched: slice, weight: float) -> Tensor:
 
 
 def _block_rows(y: Tensor) -> int:
-    """As few rows as y is wide would cost more to add to its gradient than to multiply."""
-    return max(1, _BLOCK_LOGITS // len(y), y.shape[1])
+    """Fewer rows than y is wide would cost more to add to its gradient than to multiply."""
+    return max(_BLOCK_LOGITS // max(1, len(y)), y.shape[1])
 
 
 class _InfoNCE(Function):
@@ -199,7 +199,7 @@ def _multiply_back(
 def reference(image: Tensor, text: Tensor, scale: Tensor, offset: int = 0, symmetric: bool = True) -> Tensor:
     x, y = _unit(image), _unit(text)
     x = scale.to(x.dtype) * x
-    if len(x) * len(y) > _BLOCK_LOGITS:
+    if len(x) > _block_rows(y):
         return _InfoNCE.apply(x, y, offset, symmetric, _block_rows(y))
     z = _logits(x, y, None, offset)
     rows, columns = _matches(len(x), len(y), offset)
@@ -212,7 +212,7 @@ def reference(image: Tensor, text: Tensor, scale: Tensor, offset: int = 0, symme
 def reference_sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, offset: int = 0) -> Tensor:
     x, y = _unit(image), _unit(text)
     x, bias = scale.to(x.dtype) * x, bias.to(x.dtype)
-    if len(x) * len(y) > _BLOCK_LOGITS:
+    if len(x) > _block_rows(y):
         return _Sigmoid.apply(x, y, bias, offset, _block_rows(y))
     return -logsigmoid(-_logits(x, y, bias, offset)).sum() / len(x)
 

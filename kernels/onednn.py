@@ -1,7 +1,7 @@
 """Matrix products on a CPU through oneDNN, which runs them at the machine's rate where PyTorch's default does not.
 
-PyTorch hands float32 products to MKL; on AMD processors that leaves half of AVX-512 unused. oneDNN also applies a
-linear layer's bias and GELU while it writes.
+PyTorch hands float32 products to MKL; on some AMD processors that leaves half of AVX-512 unused. oneDNN also takes a
+frozen weight as it was packed for the processor, and applies a linear layer's bias and GELU while it writes.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
     Gradients are computed only for what needs them: a frozen weight costs nothing.
     """
-    if not taken(x) or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+    if not taken(x) or x.ndim < 2 or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         out = functional.linear(x, weight, bias)
         return functional.gelu(out) if gelu else out
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None)

@@ -20,7 +20,7 @@ from clinvla_fast.data.preview import check_preview, write_preview
 from clinvla_fast.data.quality import Quality
 from clinvla_fast.data.radiographs import Reading
 from clinvla_fast.data.reports import Steps, clean_report
-from clinvla_fast.data.shards import Format, LeftOut, check_out, read_manifest
+from clinvla_fast.data.shards import Format, LeftOut, check_out, is_finished, read_manifest
 from clinvla_fast.data.sources import SOURCES
 from clinvla_fast.data.sources.record import Record
 from clinvla_fast.errors import DataError
@@ -86,7 +86,7 @@ class Source:
             return _show_reports(records, self.show, self.clean)
         if self.dry_run:
             return _print_found(self.root, records, left_out)
-        finished = (self.out / "manifest.json").is_file() and bool(read_manifest(self.out)["counts"]["kept"])
+        finished = is_finished(self.out)
         preparation = Preparation(self.short_side, self.image_format, reading, self.clean)
         with progress_bar("studies") as progress:
             manifest = prepare(self.source, records, left_out, self.out, preparation, self.workers, progress)

@@ -164,14 +164,10 @@ def write_shards(
     ]
     about = {"format": _FORMAT, "source": source, "settings": settings, "versions": versions(_MAKERS)}
     about["job_sha256"] = _identity(about, jobs, left_out, image_format)
-    if (out / "manifest.json").is_file():
-        earlier = read_manifest(out)
-        if not earlier["counts"]["kept"]:  # there is nothing to lose, and files may have turned up
-            for name in ("manifest.json", "dropped.csv"):
-                (out / name).unlink(missing_ok=True)
-        elif earlier.get("job_sha256") == about["job_sha256"]:
-            shutil.rmtree(out / ".partial", ignore_errors=True)
-            return earlier  # killed after its last step, perhaps
+    _forget_what_kept_nothing(out, partial)
+    if (out / "manifest.json").is_file() and _manifest(out).get("job_sha256") == about["job_sha256"]:
+        shutil.rmtree(out / ".partial", ignore_errors=True)
+        return read_manifest(out)  # killed after its last step, perhaps
     if not (partial / "manifest.json").is_file():
         empty_or_absent(named)
     new_parents = [folder for folder in out.parents if not folder.exists()]
@@ -196,11 +192,33 @@ def write_shards(
         if error.filename is None or str(partial) in str(error.filename):
             error.filename, error.filename2 = str(named), None  # a full disk names no file by itself
         raise
-    manifest = read_manifest(out)
-    if not manifest["counts"]["kept"]:
-        dropped = manifest["counts"]["dropped"]
-        raise DataError(f"No study is left to write ({dropped}): {named / 'dropped.csv'} has each and its reason.")
-    return manifest
+    return read_manifest(out)
+
+
+def _forget_what_kept_nothing(out: Path, partial: Path) -> None:
+    """Remove what is left of a job whose studies were all set aside: there is nothing to lose, and files may have
+    turned up. The manifest goes last, so that a call that is killed here can be repeated."""
+    if (partial / "manifest.json").is_file() and not _manifest(partial)["counts"]["kept"]:
+        if partial.parent == out:  # it was being moved up
+            (out / "dropped.csv").unlink(missing_ok=True)
+        shutil.rmtree(partial)
+    alone = out.is_dir() and {path.name for path in out.iterdir()} <= {*_REASONS, ".partial"}
+    if alone and (out / "manifest.json").is_file() and not is_finished(out):
+        shutil.rmtree(out / ".partial", ignore_errors=True)
+        for name in _REASONS:
+            (out / name).unlink(missing_ok=True)
+
+
+def is_finished(out: Path) -> bool:
+    """Whether `out` holds a whole data set, of at least one study.
+
+    Raises:
+        DataError: if its manifest cannot be read.
+    """
+    return (out / "manifest.json").is_file() and bool(_manifest(out)["counts"]["kept"])
+
+
+_REASONS = "dropped.csv", "manifest.json"
 
 
 class _NothingLeft(DataError):
@@ -470,8 +488,20 @@ def read_manifest(root: Path) -> dict:
     """The manifest of the prepared data set at `root`, once its shards are known to be there.
 
     Raises:
-        DataError: if `root` is missing, is not a prepared data set, or lacks a shard it lists.
+        DataError: if `root` is missing, is not a prepared data set, lacks a shard it lists, or has no study.
     """
+    manifest, root = _manifest(root), Path(root)
+    if not manifest["counts"]["kept"]:
+        dropped = manifest["counts"]["dropped"]
+        raise DataError(f"No study is left in {root} ({dropped}): {root / 'dropped.csv'} has each and its reason.")
+    for shard in manifest["shards"]:
+        tar = root / shard["file"]
+        if not tar.is_file() or tar.stat().st_size == 0:
+            raise DataError(f"{tar} is missing or empty, expected {shard['studies']} studies: prepare the data again.")
+    return manifest
+
+
+def _manifest(root: Path) -> dict:
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such directory. Make it with: python -m training.prepare csv TABLE --out {root}")
@@ -484,10 +514,6 @@ def read_manifest(root: Path) -> dict:
         raise DataError(f"{path} is not valid JSON ({error}): prepare the data again.") from None
     if manifest.get("format") != _FORMAT:
         raise DataError(f"{path} has format {manifest.get('format')!r}, expected {_FORMAT}: prepare the data again.")
-    for shard in manifest["shards"]:
-        tar = root / shard["file"]
-        if not tar.is_file() or tar.stat().st_size == 0:
-            raise DataError(f"{tar} is missing or empty, expected {shard['studies']} studies: prepare the data again.")
     return manifest
 
 

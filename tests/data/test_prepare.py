@@ -15,6 +15,7 @@ from PIL import Image
 
 from clinvla_fast.data.preparation import Preparation, find, prepare
 from clinvla_fast.data.shards import VIEWS, read_manifest, read_studies
+from clinvla_fast.errors import DataError
 from training.prepare import main
 
 ROOT = Path(__file__).parents[2]
@@ -241,6 +242,8 @@ def test_no_usable_study(images, capsys):
         assert "No study is left" in error and "dropped.csv" in error
         assert sorted(path.name for path in (images / "data").iterdir()) == ["dropped.csv", "manifest.json"]
         counts = json.loads((images / "data" / "manifest.json").read_text())["counts"]
+        with pytest.raises(DataError, match="No study is left"):
+            read_manifest(images / "data")
         assert counts["kept"] == 0 and sum(counts["dropped"].values()) == 1
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300), np.uint8)).save(images / "none.png")
     main(["csv", str(table), "--out", str(images / "data"), "--keep-poor-films"])  # its film has turned up
