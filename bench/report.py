@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import methods, pictures, scaling
-from bench.stored import RESULTS, ROOT, table
+from bench.stored import RESULTS, ROOT, stated, table
 
 FIGURE = re.compile(
     r"(?P<number>[+-]?\d[\d,]*(?:\.\d+)?)(?P<mark><!--=(?P<path>[^*>]+?)(?:\*(?P<scale>[\de.+-]+))?-->)"
@@ -92,7 +92,7 @@ def ratios_table(device: str) -> str:
     for path in sorted((RESULTS / device).glob("*.json")):
         for test, of in json.loads(path.read_text()).get("results", {}).items():
             for name, ratio in of.get("ratios", {}).items():
-                told = f"{ratio['value']:.2f} ± {ratio['noise']:.2f}"
+                told = f"{ratio['value']:.2f} ± {stated(ratio).noise:.2f}"
                 rows.append([path.stem, test.removeprefix("test_"), name, told, str(len(ratio["runs"]))])
     return table(["area", "benchmark", "against, or what", "times better", "runs"], rows)
 

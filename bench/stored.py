@@ -29,7 +29,9 @@ PACKAGES = (
     *("torch", "triton", "timm", "transformers", "xformers", "nvidia-dali-cuda120", "faiss-cpu"),
     *("adapters", "open_clip_torch", "hi-ml-multimodal"),
 )
-KEPT_RUNS = 5
+KEPT_RUNS, ENOUGH_RUNS = 5, 3
+BETWEEN_RUNS = 0.1
+"""Share by which two processes on a shared machine can differ in what they time, whatever their turns say."""
 WORSE = 0.9
 """A ratio may fall to this share of what is stored, and by the noise of both beyond that."""
 
@@ -75,7 +77,15 @@ def baseline(module: str, test: str, on_gpu: bool) -> dict[str, Ratio]:
     if content.get("device", {}).get("name") != device(on_gpu)["name"]:
         return {}
     ratios = content["results"].get(test, {}).get("ratios", {})
-    return {name: Ratio(of["value"], of["noise"]) for name, of in ratios.items()}
+    return {name: stated(of) for name, of in ratios.items()}
+
+
+def stated(stored: dict[str, Any]) -> Ratio:
+    """A stored ratio with its noise: what is timed, and in fewer runs than show what they differ by, has at least
+    BETWEEN_RUNS of its value."""
+    value, noise = stored["value"], stored["noise"]
+    few = noise and len(stored["runs"]) < ENOUGH_RUNS
+    return Ratio(value, max(noise, BETWEEN_RUNS * value) if few else noise)
 
 
 def fell(now: Ratio, before: Ratio) -> bool:

@@ -125,6 +125,8 @@ def test_runs_of_one_commit_are_kept_together(checkout, stored):
         return json.loads(path.read_text())["results"]["test_of[new]"]["ratios"]["speed"]
 
     assert store(2.0, 0.05) == {"value": 2.0, "noise": 0.05, "runs": [2.0]}
+    alone = Ratio(2.0, 0.2)  # one run cannot know what the next one will be
+    assert stored.baseline("area", "test_of[new]", False) == {"speed": alone}
     for value in (2.2, 2.1, 2.4, 2.3):
         last = store(value)
     assert last == {"value": 2.2, "noise": 0.4, "runs": [2.0, 2.2, 2.1, 2.4, 2.3]}
