@@ -9,6 +9,9 @@ import torch
 
 if "gpu" not in sys.argv:  # `-m gpu` runs what is marked so; nothing else needs one
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "PYTEST_XDIST_WORKER" in os.environ:  # else each worker, and each process of its tests, takes every core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything of ours is imported
 

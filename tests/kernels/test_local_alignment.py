@@ -374,9 +374,8 @@ def test_half_features_have_float32_attention():
     torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("studies", [3, 40])  # at once, and in blocks
-def test_autocast_is_left_aside(studies):
-    inputs = _inputs(studies, studies, 20, 12, 16, dtype=torch.float32)
+def test_autocast_is_left_aside():
+    inputs = _inputs(3, 3, 20, 12, 16, dtype=torch.float32)
 
     def under_autocast(*given):
         with torch.autocast("cpu", torch.bfloat16):
