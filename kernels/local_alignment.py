@@ -49,6 +49,7 @@ _KEPT_ELEMENTS = 1 << 24  # up to here, the backward pass has what the forward p
 _PADDED = 1.25  # the longest of a block is at most so many times its shortest
 _MASKED = -1e30  # S of a word that is none: its share is 0, and it times 0 is 0
 _WIDEST = 128
+_LOG2_E = math.log2(math.e)
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
@@ -88,23 +89,24 @@ def word_contexts(image: Tensor, image_mask: Tensor, text: Tensor, text_mask: Te
 
 
 def _contexts_of(
-    image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor | None, tau1: Tensor
+    image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor | None, columns: Tensor, tau1: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of images [I, N, D] and reports [J, T, D]: S, P and E [I, N, J, T]; c_t times A's denominator, transposed
-    [I, D, JT], and its square length [I, JT]; its cosine with W[t] and 1 / |W||c| [I, J, T]."""
+    """Of images [I, N, D] and reports [J, T, D], whose words are also the columns [D, JT]: S, P and E [I, N, J, T]; c_t
+    times A's denominator, transposed [I, D, JT], and its square length [I, JT]; its cosine with W[t] and 1 / |W||c|
+    [I, J, T]."""
     words = text.flatten(0, 1)
     masked = None if text_mask is None else torch.where(text_mask, 0.0, _MASKED).to(text.dtype).flatten()
     products = matmul(image.flatten(0, 1), words.mT, masked).view(*image.shape[:2], *text.shape[:2])
     share = products.softmax(-1)
-    weights = share * tau1
+    weights = share * (tau1 * _LOG2_E)  # exp2 is three times as fast as exp
     if image_mask is not None:
         weights.masked_fill_(~image_mask[..., None, None], -torch.inf)
-    weights.sub_(weights.amax(1, keepdim=True)).exp_()
+    weights.sub_(weights.amax(1, keepdim=True)).exp2_()
     context = bmm(image.mT, weights.flatten(2))
     size = context.square().sum(1)
-    length = (size * words.square().sum(1)).sqrt_().view(len(image), *text.shape[:2])
+    length = (size * columns.square().sum(0)).sqrt_().view(len(image), *text.shape[:2])
     inverse = torch.where(length > 0, 1 / length, 0)
-    cosine = (context * words.mT).sum(1).view_as(inverse).mul_(inverse)
+    cosine = (context * columns).sum(1).view_as(inverse).mul_(inverse)
     return products, share, weights, context, size, cosine, inverse
 
 
@@ -126,12 +128,13 @@ def _block_gradients(
     d_context = context * beyond[:, None]  # less its part along W[t], which goes with S
     toward = bmm(image, d_context).view_as(products).addcmul_(products, along[:, None])
     toward.mul_(weights)  # d log E
-    inner = (toward * share).sum(-1)
-    d_products = toward.sub_(inner[..., None]).mul_(share).mul_(tau1).addcmul_(weights, along[:, None])
+    by_tau1 = torch.dot(toward.flatten(), share.flatten())
+    d_products = torch._softmax_backward_data(toward, share, -1, share.dtype).mul_(tau1)
+    d_products.addcmul_(weights, along[:, None])
     d_products = d_products.flatten(0, 1).flatten(1)
     d_image = bmm(weights.flatten(2), d_context.mT).add_(matmul(d_products, words).view_as(image))
     d_text = over_rows(d_products, patches).view_as(text)
-    return d_image, d_text, beside.view_as(text[..., 0]), inner.sum(), (chosen * cosine).sum()
+    return d_image, d_text, beside.view_as(text[..., 0]), by_tau1, (chosen * cosine).sum()
 
 
 class _ByLength:
@@ -162,11 +165,13 @@ class _ByLength:
 
 
 def _blocks(images: _ByLength, reports: _ByLength) -> Iterator[tuple]:
-    """Every image with every report once, in blocks with few elements of S: where images and reports lie, and both."""
+    """Every image with every report once, in blocks with few elements of S: where images and reports lie, and what
+    `_contexts_of` takes."""
     pairs = max(1, _BLOCK_ELEMENTS // max(1, images.mask.shape[1] * reports.mask.shape[1]))
     for j, text in reports.groups(pairs):
+        columns = text[0].flatten(0, 1).mT.contiguous()
         for i, image in images.groups(pairs // len(text[0])):
-            yield i, j, (*image, *text)
+            yield i, j, (*image, *text, columns)
 
 
 def _scores_and_parts(
@@ -196,7 +201,7 @@ def _gradients_from(
         parts = kept[number] if kept else _contexts_of(*block, tau1)
         pairs = i[0], j[0]
         by_image, by_text, beside, by_tau1, by_tau2 = _block_gradients(
-            grad[pairs], scores[pairs], parts, block[0], *block[2:], tau1, tau2
+            grad[pairs], scores[pairs], parts, block[0], *block[2:4], tau1, tau2
         )
         d_image[i] += by_image
         d_text[j] += by_text

@@ -56,7 +56,8 @@ def over_rows(a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor] 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """a [B, M, K] times b [B, K, N]: [B, M, N], one after the other where that is worth a call each."""
     if taken(a) and 2 * a.shape[1] * a.shape[2] * b.shape[2] >= _WORTH_A_CALL:
-        return torch.stack([matmul(x, y) for x, y in zip(a, b, strict=True)])
+        products = [matmul(x, y) for x, y in zip(a, b, strict=True)]
+        return torch.stack(products) if len(products) > 1 else products[0][None]
     return a @ b
 
 
