@@ -11,11 +11,14 @@ import pytest
 from bench import peers, stored
 from bench.measure import LONGEST, Ratio, Run, Times, faster, turns
 
+AGAIN = 2
+"""Times that a test is run anew while one of its ratios is too low: a busy neighbour leaves, a slower engine stays."""
+
 
 @dataclass
 class Measured:
     """What one test found. A ratio fails the test when it is under `least` by more than its noise or a
-    tenth, or fell since it was stored."""
+    tenth, or fell since it was stored, and does so however often it is measured."""
 
     module: str
     test: str
@@ -60,6 +63,11 @@ class Measured:
             elif name not in before:
                 wrong = "NO BASELINE"
             yield name, now, before.get(name), wrong
+
+    def failures(self) -> list[str]:
+        """What is wrong with its ratios, a line each."""
+        verdicts = [(f"{name} {now.value:.2f} ± {now.noise:.2f}", wrong) for name, now, _, wrong in self.verdicts()]
+        return [f"{told}: {wrong}" for told, wrong in verdicts if wrong not in ("", "NO BASELINE")]
 
 
 WHOLE_TOWERS = ("test_towers", "test_peers", "test_waterfall")
@@ -113,12 +121,13 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     found = getattr(item, "funcargs", {}).get("measured")
     if found is None:
         return
+    for _ in range(AGAIN):
+        if found.failures():
+            item.runtest()
     found.benchmark.extra_info |= found.figures | {name: ratio.value for name, ratio in found.ratios.items()}
     if item.config.getoption("--store"):
         stored.store(found.module, found.test, found.on_gpu, found.ratios, found.figures)
-    wrong = [f"{name} {now.value:.2f} ± {now.noise:.2f}: {what}" for name, now, _, what in found.verdicts() if what]
-    wrong = [line for line in wrong if not line.endswith("NO BASELINE")]
-    if wrong:
+    if wrong := found.failures():
         pytest.fail("\n".join(wrong), pytrace=False)
 
 
