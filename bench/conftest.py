@@ -28,9 +28,9 @@ class Measured:
     least: dict[str, float] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
 
-    def turns(self, runs: dict[str, Run], rounds: int, longest: float = LONGEST) -> Times:
+    def turns(self, runs: dict[str, Run], rounds: int, longest: float = LONGEST, begun: bool = False) -> Times:
         """As `measure.turns`; the one called "ours" is also shown to pytest-benchmark, once."""
-        taken = turns(runs, rounds, "cuda" if self.on_gpu else "cpu", longest)
+        taken = turns(runs, rounds, "cuda" if self.on_gpu else "cpu", longest, begun)
         if self.benchmark.stats is None and "ours" in runs:
             self.benchmark.pedantic(runs["ours"], rounds=1)
         return taken

@@ -15,7 +15,7 @@ from clinvla_fast.machine import matrix_rate
 Run = Callable[[], object]
 Times = dict[str, list[float]]
 """Seconds of each run, a turn each."""
-LEAST, LONGEST = 3, 3.0
+LEAST, LONGEST = 3, 2.0
 """Turns that there are in any case (one fewer where a turn takes longer), and seconds after which there are no more."""
 OF_ONE_TURN = 0.1
 """Share by which the ratio of a single turn is off."""
@@ -29,13 +29,17 @@ class Ratio:
     noise: float = 0.0
 
 
-def turns(runs: dict[str, Run], rounds: int, device: str = "cpu", longest: float = LONGEST) -> Times:
+def turns(
+    runs: dict[str, Run], rounds: int, device: str = "cpu", longest: float = LONGEST, begun: bool = False
+) -> Times:
     """Seconds of each of `runs`, which take turns, after turns that are not counted: one, or two on a GPU, where times
-    are by its own clock. There are fewer than `rounds` where they would take `longest` seconds."""
+    are by its own clock; none where they have `begun`. There are fewer than `rounds` where they would take `longest`
+    seconds."""
     clock, first = (seconds, 1) if device == "cpu" else (_seconds_on_gpu, 2)
     times: Times = {name: [] for name in runs}
-    for turn in range(-first, rounds):
-        if turn <= 0:
+    begin = time.perf_counter()
+    for turn in range(0 if begun else -first, rounds):
+        if turn == 0:
             begin = time.perf_counter()
         passed = time.perf_counter() - begin
         if turn >= LEAST - (passed > turn * longest) and passed > longest:

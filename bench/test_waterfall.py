@@ -20,13 +20,13 @@ def measure(measured, steps: dict[str, Run], rounds: int) -> None:
     """All in turns; the time is that of a study."""
     before, expected = None, ()
     for name, run in steps.items():
-        found = [x.double().clone() for x in run.result()]
+        found = [x.double().clone() for x in run()]
         if before is not None and (run.how.masked, run.how.studies) == (before.how.masked, before.how.studies):
             for actual, right in zip(found, expected, strict=True):
                 far = (actual - right).norm() / right.norm()
                 assert far <= closeness(run), f"{name}: {far:.1e} from the step before"
         before, expected = run, found
-    taken = measured.turns(steps, rounds)
+    taken = measured.turns(steps, rounds, begun=not measured.on_gpu)
     of_a_study = {name: [t / run.how.studies for t in taken[name]] for name, run in steps.items()}
     first, *others = of_a_study
     for number, name in enumerate(others, 1):

@@ -8,6 +8,7 @@ end, embedding every patch (then keeping a quarter, or all of them) and padding.
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 
 import timm
 import torch
@@ -71,6 +72,12 @@ class Batch:
 
 def plain_towers(vit: str = "vit_base_patch16_224", width: int = 768, depth: int = 12) -> nn.ModuleDict:
     """A ViT, and a BERT of the same width and depth."""
+    return copy.deepcopy(_drawn(vit, width, depth))
+
+
+@cache
+def _drawn(vit: str, width: int, depth: int) -> nn.ModuleDict:
+    """Weights, which take seconds to draw."""
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 64}
     config = BertConfig(**sizes, intermediate_size=4 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

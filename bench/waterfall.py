@@ -141,18 +141,16 @@ class Run:
             compile_tower_blocks(image, text)
         return towers
 
-    def __call__(self) -> None:
+    def __call__(self) -> tuple[Tensor, ...]:
+        """What every way agrees on, up to rounding: the tokens, or the loss of what was to be learnt."""
         if not self.how.training:
-            self.encode()
-            return
-        self.loss().backward()
+            return self.encode()
+        loss = self.loss()
+        loss.backward()
         self.optimizer.step()
         self.towers.zero_grad()
         self.optimizer.zero_grad()
-
-    def result(self) -> tuple[Tensor, ...]:
-        """What every way agrees on, up to rounding."""
-        return (self.loss().detach(),) if self.how.training else self.encode()
+        return (loss.detach(),)
 
     def encode(self) -> Tokens:
         # varlen is the attention without padding that a graph can hold: xformers copies lengths to the GPU
@@ -196,7 +194,7 @@ class Run:
 
 
 def _optimizer(learning: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(learning.parameters(), lr=1e-6)
+    return torch.optim.AdamW(learning.parameters(), lr=0)  # so that all turns, and all ways, are of the same weights
 
 
 def _captured(run: Callable[[], Tokens]) -> Callable[[], Tokens]:
