@@ -15,7 +15,7 @@ from clinvla_fast.machine import matrix_rate
 Run = Callable[[], object]
 Times = dict[str, list[float]]
 """Seconds of each run, a turn each."""
-LEAST, LONGEST = 3, 2.0
+LEAST, LONGEST = 3, 1.5
 """Turns that there are in any case (one fewer where a turn takes longer), and seconds after which there are no more."""
 OF_ONE_TURN = 0.1
 """Share by which the ratio of a single turn is off."""
@@ -116,15 +116,18 @@ def default_lags() -> bool:
     return fast > 1.8 * default
 
 
-def promised(claim: float, slow: list[float], run: Run, dtype: torch.dtype = torch.float32) -> float:
-    """What `run` is held to, of which `claim` says how many times it is faster than `slow` where `default_lags`:
-    elsewhere, if less, two thirds of what the CPU's matrix rate allows."""
-    if default_lags():
-        return claim
+def at_matrix_rate(run: Run, dtype: torch.dtype) -> float:
+    """Seconds that the products of a run would take on this CPU if nothing else did."""
     with FlopCounterMode(display=False) as flops:
         run()
     rate = cpu_rates()[0] if dtype == torch.float32 else matrix_rate(torch.device("cpu"), dtype)
-    return min(claim, median(slow) * rate / flops.get_total_flops() * 2 / 3)
+    return flops.get_total_flops() / rate
+
+
+def promised(claim: float, slow: list[float], floor: float) -> float:
+    """What a run is held to, of which `claim` says how many times it is faster than `slow` where `default_lags`:
+    elsewhere, if less, two thirds of what its time `at_matrix_rate` allows."""
+    return claim if default_lags() else min(claim, median(slow) / floor * 2 / 3)
 
 
 @cache

@@ -55,7 +55,7 @@ def test_speed(measured, case):
     loop, ours = (partial(gradients, f, inputs) for f in (caption_loop, ops.local_alignment))
     for actual, right in zip(ours(), loop(), strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-4 * right.abs().max().item())
-    taken = measured.turns({"loop": loop, "ours": ours}, rounds)
+    taken = measured.turns({"loop": loop, "ours": ours}, rounds, begun=True)
     measured.faster("than the loop", taken["loop"], taken["ours"], least if default_lags() else 1.0)
 
 

@@ -24,7 +24,7 @@ def compare(measured, theirs: Callable[..., Tensor], ours: Callable[..., Tensor]
     runs = {"theirs": partial(step, theirs, inputs), "ours": partial(step, ours, inputs)}
     for actual, right in zip(runs["ours"](), runs["theirs"](), strict=True):
         assert (actual - right).norm() <= 1e-4 * right.norm()
-    taken = measured.turns(runs, rounds)
+    taken = measured.turns(runs, rounds, begun=True)
     peaks = {name: peak_memory(run) for name, run in runs.items()}
     measured.faster("time", taken["theirs"], taken["ours"])
     measured.ratio("memory", peaks["theirs"] / peaks["ours"])

@@ -127,7 +127,7 @@ class Watched(Run):
 
 def test_epoch(measured, model, tmp_path):
     """The second one, of steps enough to be shown twice: in the first, shards are opened and films decoded."""
-    data, stage = repeated(phantoms(TINY), 4), Align(copy.deepcopy(model), OPTIMIZATION, SEED, pytest.fail)
+    data, stage = repeated(phantoms(TINY), 2), Align(copy.deepcopy(model), OPTIMIZATION, SEED, pytest.fail)
     stage.flops = training_flops(stage.model)
     run, groups = Watched(tmp_path), parameter_groups(stage.model.trainable(), OPTIMIZATION)
     settings = replace(OPTIMIZATION, epochs=2)

@@ -41,7 +41,7 @@ def test_encoding(measured):
 
 
 def test_pretraining_step(measured):
-    measure(measured, dict(waterfall(plain_towers(), studies=2, training=True)), rounds=5)
+    measure(measured, dict(waterfall(plain_towers(), studies=2, training=True)), rounds=1)
 
 
 @pytest.mark.gpu
