@@ -174,11 +174,11 @@ def local_alignment(
         tau1, tau2, tau3: temperatures, scalars.
 
     Returns:
-        [I, J] in float32 (float64 for float64 features), to float32's accuracy also for bfloat16 features.
+        [I, J] in float32 (float64 for float64 features), to float32's accuracy also for half-precision features.
 
     Raises:
         ValueError: if shapes or dtypes do not fit, or `triton` was asked for and its kernels do not take such features:
-            on a GPU they take bfloat16 up to 128 wide.
+            on a GPU they take bfloat16, float16 and float32 up to 128 wide.
     """
     _local_alignment.check(image, image_mask, text, text_mask)
     operation = implementation(_local_alignment, image)

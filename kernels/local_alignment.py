@@ -27,7 +27,9 @@ with no term for A's denominator, which cos does not see either. A program adds 
 of all programs are added up afterwards: no atomics, the same bits every time.
 
 Rounding: two chained softmaxes amplify it, so all is held to fp32 limits, bf16 features too. Their products are exact
-in fp32; where the other operand is computed (E, d c, d S), it goes through the tensor cores in two bf16 terms.
+in fp32; where the other operand is computed (E, d c, d S), it goes through the tensor cores in two bf16 terms. fp32
+features (and fp16, summed as such) go through in three tf32 products. An operand as wide as the features does not fit
+the registers then, so the products over the width are cut along it, and contexts wait in memory between two of them.
 """
 
 import math
@@ -35,7 +37,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 from triton import cdiv, jit, next_power_of_2
 
@@ -48,7 +50,8 @@ _DENSE_ELEMENTS = 1 << 17  # of all pairs' S: up to here, calls cost more than w
 _KEPT_ELEMENTS = 1 << 24  # up to here, the backward pass has what the forward pass made
 _PADDED = 1.25  # the longest of a block is at most so many times its shortest
 _MASKED = -1e30  # S of a word that is none: its share is 0, and it times 0 is 0
-_WIDEST = 128
+_WIDEST, _DTYPES = 128, (torch.bfloat16, torch.float16, torch.float32)
+_CHUNK = tl.constexpr(32)  # of the width, where all of it does not fit the registers
 _LOG2_E = math.log2(math.e)
 
 
@@ -321,16 +324,16 @@ def _split(x, ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr):
 def _multiply(a, b, total, ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr):
     """total + a b, where only b is exact in the operands' type."""
     high, low = _split(a, ROUNDED, MULTIPLIED)
-    total = tl.dot(high, b, total, out_dtype=total.dtype)
+    total = tl.dot(high, b, total, input_precision="tf32x3", out_dtype=total.dtype)
     if total.dtype != ROUNDED:
-        total = tl.dot(low, b, total, out_dtype=total.dtype)
+        total = tl.dot(low, b, total, input_precision="tf32x3", out_dtype=total.dtype)
     return total
 
 
 @jit
 def _add_product(a, b, total):
     """total + a^T b for operands of a matrix product."""
-    return tl.dot(tl.trans(a), b, total, out_dtype=total.dtype)
+    return tl.dot(tl.trans(a), b, total, input_precision="tf32x3", out_dtype=total.dtype)
 
 
 @jit
@@ -347,6 +350,35 @@ def _load(features, mask, row, start, length, width, ROWS: tl.constexpr, WIDTH: 
     address = features + row * length * width + (rows[:, None] * width + columns[None, :])
     found = tl.load(address, mask=real[:, None] & (columns < width)[None, :], other=0.0)
     return found.to(MULTIPLIED), real
+
+
+@jit
+def _by_chunks(
+    a, a_rows, a_real, a_width, b, b_rows, b_real, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SUMMED: tl.constexpr,
+):  # fmt: skip
+    """a b^T of rows in memory, some of their width at a time."""
+    total = tl.zeros((ROWS, COLUMNS), SUMMED)
+    for start in range(0, width, _CHUNK):
+        column = start + tl.arange(0, _CHUNK)
+        inside = (column < width)[None, :]
+        x = tl.load(a + a_rows[:, None] * a_width + column[None, :], mask=a_real[:, None] & inside, other=0.0)
+        y = tl.load(b + b_rows[:, None] * width + column[None, :], mask=b_real[:, None] & inside, other=0.0)
+        total = tl.dot(x.to(SUMMED), tl.trans(y.to(SUMMED)), total, input_precision="tf32x3", out_dtype=SUMMED)
+    return total
+
+
+@jit
+def _products(
+    w, real_word, c, real_patch, text, t, image, start, width, WORDS: tl.constexpr, PATCHES: tl.constexpr,
+    ROUNDED: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """S of a tile of the words of one report, from t on, and of the patches of one image, from `start` on."""
+    if ROUNDED != SUMMED:
+        return tl.dot(w, tl.trans(c), out_dtype=SUMMED)
+    else:
+        word, patch = t + tl.arange(0, WORDS), start + tl.arange(0, PATCHES)
+        return _by_chunks(text, word, real_word, width, image, patch, real_patch, width, WORDS, PATCHES, SUMMED)
 
 
 @jit
@@ -370,16 +402,20 @@ def _over_words(products, real_word, normaliser, ONE_TILE: tl.constexpr):
 @jit
 def _normalise(
     normalisers, image, image_mask, text, text_mask, i, j, patches, words, width,
-    PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, MULTIPLIED: tl.constexpr, SUMMED: tl.constexpr,
+    PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):  # fmt: skip
     """Store each patch's log-sum-exp over all words: [patches]."""
     for start in range(0, patches, PATCHES):
-        c, _ = _load(image, image_mask, i, start, patches, width, PATCHES, WIDTH, MULTIPLIED)
+        c, real_patch = _load(image, image_mask, i, start, patches, width, PATCHES, WIDTH, MULTIPLIED)
         top = tl.full((PATCHES,), float("-inf"), SUMMED)
         total = tl.zeros((PATCHES,), SUMMED)
         for t in range(0, words, WORDS):
             w, real_word = _load(text, text_mask, j, t, words, width, WORDS, WIDTH, MULTIPLIED)
-            products = tl.dot(w, tl.trans(c), out_dtype=SUMMED)
+            products = _products(
+                w, real_word, c, real_patch, text + j * words * width, t, image + i * patches * width, start, width,
+                WORDS, PATCHES, ROUNDED, SUMMED,
+            )  # fmt: skip
             products = tl.where(real_word[:, None], products, float("-inf"))
             higher = tl.maximum(top, tl.max(products, 0))
             finite = tl.where(higher == float("-inf"), 0.0, higher)  # no real word yet
@@ -392,7 +428,7 @@ def _normalise(
 
 @jit
 def _contexts(
-    w, length, real_word, normalisers, image, image_mask, i, tau1, patches, width,
+    w, length, real_word, normalisers, text, j, t, image, image_mask, i, tau1, patches, words, width,
     PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
     ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
@@ -402,7 +438,10 @@ def _contexts(
     context = tl.zeros((WORDS, WIDTH), SUMMED)
     for start in range(0, patches, PATCHES):
         c, real_patch = _load(image, image_mask, i, start, patches, width, PATCHES, WIDTH, MULTIPLIED)
-        products = tl.dot(w, tl.trans(c), out_dtype=SUMMED)
+        products = _products(
+            w, real_word, c, real_patch, text + j * words * width, t, image + i * patches * width, start, width,
+            WORDS, PATCHES, ROUNDED, SUMMED,
+        )  # fmt: skip
         normaliser = _normaliser(normalisers, start, patches, PATCHES, ONE_TILE)
         share = _over_words(products, real_word, normaliser, ONE_TILE)
         logits = tl.where(real_patch[None, :], tau1 * share, float("-inf"))
@@ -443,15 +482,15 @@ def _forward(
         for i in range(first, last):
             _normalise(
                 normalisers + (i - first) * patches, image, image_mask, text, text_mask, i, j, patches, words, width,
-                PATCHES, WORDS, WIDTH, MULTIPLIED, SUMMED,
+                PATCHES, WORDS, WIDTH, ROUNDED, MULTIPLIED, SUMMED,
             )  # fmt: skip
     for t in range(0, words, WORDS):
         w, real_word = _load(text, text_mask, j, t, words, width, WORDS, WIDTH, MULTIPLIED)
         length = _lengths(w, SUMMED)
         for i in range(first, last):
             _, cosine, _, _, _ = _contexts(
-                w, length, real_word, normalisers + (i - first) * patches, image, image_mask, i, tau1, patches, width,
-                PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, MULTIPLIED, SUMMED,
+                w, length, real_word, normalisers + (i - first) * patches, text, j, t, image, image_mask, i, tau1,
+                patches, words, width, PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, MULTIPLIED, SUMMED,
             )  # fmt: skip
             logits = tl.where(real_word, tau2 * cosine, float("-inf"))
             top = tl.max(logits, 0)
@@ -481,17 +520,48 @@ def _context_gradients(cosine, inverse, size, real_word, tau2, score):
 
 @jit
 def _patch_gradients(
-    w, real_word, c, real_patch, high, low, along, across, top, tau1, normaliser,
-    ONE_TILE: tl.constexpr, ROUNDED: tl.constexpr, SUMMED: tl.constexpr,
+    w, real_word, c, real_patch, high, low, contexts, along, across, top, tau1, normaliser, text, t, image, start,
+    width, PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
+    ROUNDED: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     """For a tile of words and patches: P, E, and d s by log E. The contexts come as operands of a product."""
-    products = tl.dot(w, tl.trans(c), out_dtype=SUMMED)
+    products = _products(w, real_word, c, real_patch, text, t, image, start, width, WORDS, PATCHES, ROUNDED, SUMMED)
     share = _over_words(products, real_word, normaliser, ONE_TILE)
     weights = tl.where(real_patch[None, :], tl.exp(tau1 * share - top[:, None]), 0.0)
-    shown = tl.dot(high, tl.trans(c), out_dtype=SUMMED)
     if ROUNDED != SUMMED:
+        shown = tl.dot(high, tl.trans(c), out_dtype=SUMMED)
         shown = tl.dot(low, tl.trans(c), shown, out_dtype=SUMMED)
+    else:
+        patch = start + tl.arange(0, PATCHES)
+        shown = _by_chunks(
+            contexts, tl.arange(0, WORDS), real_word, WIDTH, image, patch, real_patch, width, WORDS, PATCHES, SUMMED
+        )
     return share, weights, weights * (along[:, None] * products - across[:, None] * shown)
+
+
+@jit
+def _keep(contexts, context, WORDS: tl.constexpr, WIDTH: tl.constexpr):
+    """Store a tile of contexts for all threads of the program."""
+    tl.debug_barrier()  # all have read the one before
+    tl.store(_tile(contexts, 0, WORDS, WIDTH), context)
+    tl.debug_barrier()
+
+
+@jit
+def _add_by_chunks(
+    here, a, b, b_rows, b_real, b_width, width, ROW: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr,
+    SUMMED: tl.constexpr,
+):  # fmt: skip
+    """Add a b to a tile in memory, whose steps from row to row and from column to column are given, by chunks of b."""
+    tl.debug_barrier()  # all have added what was added before
+    # Not hoisted: the three terms of a would be held in registers.
+    for start in tl.range(0, width, _CHUNK, disable_licm=True):
+        column = start + tl.arange(0, _CHUNK)
+        inside = (column < width)[None, :]
+        x = tl.load(b + b_rows[:, None] * b_width + column[None, :], mask=b_real[:, None] & inside, other=0.0)
+        tile = here + tl.arange(0, ROWS)[:, None] * ROW + column[None, :] * COLUMN
+        total = tl.load(tile, mask=inside, other=0.0)
+        tl.store(tile, _multiply(a, x.to(SUMMED), total, SUMMED, SUMMED), mask=inside)
 
 
 @jit
@@ -513,13 +583,13 @@ def _normalisers(
     for i in range(first, last):
         _normalise(
             normalisers + (program * IMAGES + i - first) * patches, image, image_mask, text, text_mask, i, j, patches,
-            words, width, PATCHES, WORDS, WIDTH, MULTIPLIED, SUMMED,
+            words, width, PATCHES, WORDS, WIDTH, ROUNDED, MULTIPLIED, SUMMED,
         )  # fmt: skip
 
 
 @jit
 def _inners(
-    image, image_mask, text, text_mask, tau1, tau2, scores, normalisers, inners, first_image, first_report, t,
+    image, image_mask, text, text_mask, tau1, tau2, scores, normalisers, inners, contexts, first_image, first_report, t,
     images, reports, patches, words, width,
     IMAGES: tl.constexpr, PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
     ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr, SUMMED: tl.constexpr,
@@ -527,23 +597,27 @@ def _inners(
     """sum_t P d log E, what the backward pass of a softmax over words takes off, one tile of words after the other."""
     tau1, tau2 = tl.load(tau1), tl.load(tau2)
     j, first, last, program = _window(first_image, first_report, images, patches, IMAGES)
+    contexts += program * WORDS * WIDTH
     w, real_word = _load(text, text_mask, j, t, words, width, WORDS, WIDTH, MULTIPLIED)
     length = _lengths(w, SUMMED)
     for i in range(first, last):
         slot = (program * IMAGES + i - first) * patches
         context, cosine, inverse, size, top = _contexts(
-            w, length, real_word, normalisers + slot, image, image_mask, i, tau1, patches, width,
+            w, length, real_word, normalisers + slot, text, j, t, image, image_mask, i, tau1, patches, words, width,
             PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, MULTIPLIED, SUMMED,
         )  # fmt: skip
         score = tl.load(scores + i * reports + j)
         along, across, _beside, _by_tau2 = _context_gradients(cosine, inverse, size, real_word, tau2, score)
         high, low = _split(context, ROUNDED, MULTIPLIED)
+        if ROUNDED == SUMMED:
+            _keep(contexts, context, WORDS, WIDTH)
         for start in range(0, patches, PATCHES):
             n = start + tl.arange(0, PATCHES)
             c, real_patch = _load(image, image_mask, i, start, patches, width, PATCHES, WIDTH, MULTIPLIED)
             share, _weights, d_logits = _patch_gradients(
-                w, real_word, c, real_patch, high, low, along, across, top, tau1,
-                _normaliser(normalisers + slot, start, patches, PATCHES, ONE_TILE), ONE_TILE, ROUNDED, SUMMED,
+                w, real_word, c, real_patch, high, low, contexts, along, across, top, tau1,
+                _normaliser(normalisers + slot, start, patches, PATCHES, ONE_TILE), text + j * words * width, t,
+                image + i * patches * width, start, width, PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, SUMMED,
             )  # fmt: skip
             inner = tl.load(inners + slot + n, mask=n < patches, other=0.0)
             tl.store(inners + slot + n, inner + tl.sum(share * d_logits, 0), mask=n < patches)
@@ -552,7 +626,7 @@ def _inners(
 @jit
 def _backward(
     image, image_mask, text, text_mask, tau1, tau2, scores, grad, normalisers, inners,
-    d_image, d_text, d_length, d_taus, first_image, first_report, t, images, reports, patches, words, width,
+    d_image, d_text, d_length, d_taus, contexts, first_image, first_report, t, images, reports, patches, words, width,
     IMAGES: tl.constexpr, PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
     ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
@@ -563,8 +637,10 @@ def _backward(
     """
     tau1, tau2 = tl.load(tau1), tl.load(tau2)
     j, first, last, program = _window(first_image, first_report, images, patches, IMAGES)
+    contexts += program * WORDS * WIDTH
     w, real_word = _load(text, text_mask, j, t, words, width, WORDS, WIDTH, MULTIPLIED)
     length = _lengths(w, SUMMED)
+    tile = (tl.program_id(0).to(tl.int64) * reports + j) * tl.cdiv(words, WORDS) + t // WORDS
     d_words = tl.zeros((WORDS, WIDTH), SUMMED)
     shorter = tl.zeros((WORDS,), SUMMED)
     d_tau1 = tl.zeros((PATCHES,), SUMMED)
@@ -572,8 +648,8 @@ def _backward(
     for i in tl.range(first, last, disable_licm=True):
         slot = program * IMAGES + i - first
         context, cosine, inverse, size, top = _contexts(
-            w, length, real_word, normalisers + slot * patches, image, image_mask, i, tau1, patches, width,
-            PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, MULTIPLIED, SUMMED,
+            w, length, real_word, normalisers + slot * patches, text, j, t, image, image_mask, i, tau1, patches, words,
+            width, PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, MULTIPLIED, SUMMED,
         )  # fmt: skip
         score, g = tl.load(scores + i * reports + j), tl.load(grad + i * reports + j)
         along, across, beside, by_tau2 = _context_gradients(cosine, inverse, size, real_word, tau2, score)
@@ -581,17 +657,24 @@ def _backward(
         d_tau2 += g * by_tau2
         largest = tl.where(tau1 != 0, top / tau1, 0.0)
         shorter += g * beside
-        d_words += along[:, None] * context
         high, low = _split(context, ROUNDED, MULTIPLIED)
+        if ROUNDED == SUMMED:
+            here = _tile(d_text, tile, WORDS, WIDTH)
+            tl.debug_barrier()  # all have added what was added before
+            tl.store(here, tl.load(here) + along[:, None] * context)
+            _keep(contexts, context, WORDS, WIDTH)
+        else:
+            d_words += along[:, None] * context
         # Runs once. Left operands of a product stay in registers unless they are a loop's arguments: as such they go to
         # shared memory, and nothing spills. Nor are invariants hoisted, which would hold registers throughout.
         for _once in tl.range(0, tl.minimum(patches, 1), disable_licm=True):
             for start in tl.range(0, patches, PATCHES, num_stages=1, disable_licm=True):
                 c, real_patch = _load(image, image_mask, i, start, patches, width, PATCHES, WIDTH, MULTIPLIED)
                 share, weights, d_logits = _patch_gradients(
-                    w, real_word, c, real_patch, high, low, along, across, top, tau1,
+                    w, real_word, c, real_patch, high, low, contexts, along, across, top, tau1,
                     _normaliser(normalisers + slot * patches, start, patches, PATCHES, ONE_TILE),
-                    ONE_TILE, ROUNDED, SUMMED,
+                    text + j * words * width, t, image + i * patches * width, start, width,
+                    PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, SUMMED,
                 )  # fmt: skip
                 # sum_n d log E is 0, so any constant may be taken off P: off near its maximum, less cancels
                 d_tau1 += tl.sum((share - largest[:, None]) * d_logits, 0)
@@ -600,24 +683,40 @@ def _backward(
                 else:
                     inner = g * _normaliser(inners + slot * patches, start, patches, PATCHES, ONE_TILE)
                 d_products = tau1 * share * (d_logits - inner[None, :])
-                d_words = _multiply(d_products, c, d_words, ROUNDED, MULTIPLIED)
-                here = _tile(d_image, slot * tl.cdiv(patches, PATCHES) + start // PATCHES, WIDTH, PATCHES)
-                d_patches = tl.load(here)
-                by_word, by_word_low = _split(d_products + along[:, None] * weights, ROUNDED, MULTIPLIED)
-                by_context, by_context_low = _split(-across[:, None] * weights, ROUNDED, MULTIPLIED)
-                d_patches = _add_product(w, by_word, d_patches)
-                d_patches = _add_product(high, by_context, d_patches)
-                if ROUNDED != SUMMED:
+                by_word, by_context = d_products + along[:, None] * weights, -across[:, None] * weights
+                number = slot * tl.cdiv(patches, PATCHES) + start // PATCHES
+                if ROUNDED == SUMMED:
+                    patch, word = start + tl.arange(0, PATCHES), t + tl.arange(0, WORDS)
+                    d_tile, w_tile = d_image + number * WIDTH * PATCHES, d_text + tile * WORDS * WIDTH
+                    _add_by_chunks(
+                        w_tile, d_products, image + i * patches * width, patch, real_patch, width, width, WIDTH, 1,
+                        WORDS, SUMMED,
+                    )  # fmt: skip
+                    _add_by_chunks(
+                        d_tile, tl.trans(by_word), text + j * words * width, word, real_word, width, width, 1, PATCHES,
+                        PATCHES, SUMMED,
+                    )  # fmt: skip
+                    _add_by_chunks(
+                        d_tile, tl.trans(by_context), contexts, word - t, real_word, WIDTH, width, 1, PATCHES,
+                        PATCHES, SUMMED,
+                    )  # fmt: skip
+                else:
+                    d_words = _multiply(d_products, c, d_words, ROUNDED, MULTIPLIED)
+                    here = _tile(d_image, number, WIDTH, PATCHES)
+                    d_patches = tl.load(here)
+                    by_word, by_word_low = _split(by_word, ROUNDED, MULTIPLIED)
+                    by_context, by_context_low = _split(by_context, ROUNDED, MULTIPLIED)
+                    d_patches = _add_product(w, by_word, d_patches)
+                    d_patches = _add_product(high, by_context, d_patches)
                     d_patches = _add_product(w, by_word_low, d_patches)
                     d_patches = _add_product(high, by_context_low, d_patches)
                     d_patches = _add_product(low, by_context, d_patches)
-                tl.store(here, d_patches)
-            high = tl.zeros_like(high)
+                    tl.store(here, d_patches)
             if ROUNDED != SUMMED:
-                low = tl.zeros_like(low)
-    tile = (tl.program_id(0).to(tl.int64) * reports + j) * tl.cdiv(words, WORDS) + t // WORDS
-    here = _tile(d_text, tile, WORDS, WIDTH)
-    tl.store(here, tl.load(here) + d_words)
+                high, low = tl.zeros_like(high), tl.zeros_like(low)
+    if ROUNDED != SUMMED:
+        here = _tile(d_text, tile, WORDS, WIDTH)
+        tl.store(here, tl.load(here) + d_words)
     here = d_length + tile * WORDS + tl.arange(0, WORDS)
     tl.store(here, tl.load(here) + shorter)
     here = d_taus + program * 2 + tl.arange(0, 2)
@@ -628,33 +727,37 @@ _IMAGES_FORWARD = 8  # that pass a tile of words
 _IMAGES_BACKWARD, _BLOCKS, _REPORTS = 8, 4, 64  # a window of pairs: images a program, programs a way and the other
 
 
-_TILES = {  # by major compute capability: words, patches, warps, forward and backward
+_TILES = {  # of bfloat16, by major compute capability: words, patches, warps, forward and backward
     8: ((128, 16, 8), (16, 16, 8)),
     9: ((128, 64, 8), (128, 32, 8)),
     10: ((128, 64, 8), (64, 32, 8)),
 }
+_FULL = {8: (32, 16, 8), 9: (64, 16, 8), 10: (64, 16, 8)}  # of float32, and of float16, which is multiplied as such
 
 
 def _config(device: torch.device, dtype: torch.dtype, words: int, width: int, backward: bool) -> dict:
     """The largest tiles that spill no registers, found by compiling; the interpreter takes those of sm_90."""
     major = torch.cuda.get_device_capability(device)[0] if not INTERPRETED else 9
-    rows, patches, warps = _TILES[min(major, 10)][backward]
-    if major == 9 and words <= 64:  # the rows of one warpgroup
-        rows, warps = 64, 4
-    stages = 2
-    if major == 9 and backward and not 64 < words <= rows:
-        patches, stages = 16, 2 if words <= rows else 1
-    half = dtype == torch.bfloat16
+    split = dtype == torch.bfloat16
+    if split or INTERPRETED:
+        (rows, patches, warps), stages = _TILES[min(major, 10)][backward], 2
+        if major == 9 and words <= 64:  # the rows of one warpgroup
+            rows, warps = 64, 4
+        if major == 9 and backward and not 64 < words <= rows:
+            patches, stages = 16, 2 if words <= rows else 1
+    else:
+        (rows, patches, warps), stages = _FULL[min(major, 10)], 1
     return {
         "PATCHES": patches,
         "WORDS": rows,
         "WIDTH": next_power_of_2(max(width, 16)),
         "ONE_TILE": words <= rows,
-        "ROUNDED": tl.bfloat16 if half else summed_in(dtype),
-        "MULTIPLIED": tl.bfloat16 if half and not INTERPRETED else summed_in(dtype),
+        "ROUNDED": tl.bfloat16 if split else summed_in(dtype),
+        "MULTIPLIED": tl.bfloat16 if split and not INTERPRETED else summed_in(dtype),
         "SUMMED": summed_in(dtype),
         "num_warps": warps,
         "num_stages": stages,
+        "maxnreg": 255,  # said, or some spill so that more programs fit at once
     }
 
 
@@ -713,6 +816,10 @@ def _backward_op(
     one_tile = config["ONE_TILE"]
     normalisers, inners = torch.empty(2, 0 if one_tile else columns * blocks * each * patches, **real)
     pair = image, image_mask, text, text_mask
+    contexts, of_inners = torch.empty(0, **real), config
+    if config["ROUNDED"] == config["SUMMED"]:
+        contexts = torch.empty(columns * blocks, config["WORDS"], config["WIDTH"], **real)
+        of_inners = config | {"PATCHES": config["WORDS"] // 2}  # no sums of words and patches to hold: room for more
     for first_image in range(0, images, blocks * each):
         window.zero_()
         for first_report in range(0, reports, columns):
@@ -723,13 +830,13 @@ def _backward_op(
                 inners.zero_()
                 for t in range(0, words, config["WORDS"]):
                     launch(
-                        _inners, grid, *pair, tau1, tau2, scores, normalisers, inners, *first, t, *sizes,
-                        IMAGES=each, **config,
+                        _inners, grid, *pair, tau1, tau2, scores, normalisers, inners, contexts, *first, t, *sizes,
+                        IMAGES=each, **of_inners,
                     )  # fmt: skip
             for t in range(0, words, config["WORDS"]):
                 launch(
                     _backward, grid, *pair, tau1, tau2, scores, grad, normalisers, inners, window, d_text, d_length,
-                    d_taus, *first, t, *sizes, IMAGES=each, **config,
+                    d_taus, contexts, *first, t, *sizes, IMAGES=each, **config,
                 )  # fmt: skip
         here = d_image[first_image : first_image + blocks * each]
         here.copy_(window[:, : len(here)].sum(0).mT.flatten(1, 2)[:, :patches, :width])
@@ -747,8 +854,8 @@ _scores_op.register_autograd(_gradients_by(_backward_op), setup_context=_save)
 
 
 def supports(image: Tensor) -> bool:
-    """Whether the kernels take such features: in fp32, three tf32 products a product, no tile fits the registers."""
-    return image.shape[-1] <= _WIDEST and (image.dtype == torch.bfloat16 or INTERPRETED)
+    """Whether the kernels take such features."""
+    return image.shape[-1] <= _WIDEST and (image.dtype in _DTYPES or INTERPRETED)
 
 
 def triton(
@@ -762,9 +869,11 @@ def triton(
 ) -> Tensor:
     if not supports(image):
         raise ValueError(
-            f"features are {image.shape[-1]} wide and {image.dtype}: the Triton kernels take bfloat16 up to {_WIDEST} "
-            "wide (where they are interpreted, any dtype); use the reference."
+            f"features are {image.shape[-1]} wide and {image.dtype}: the Triton kernels take bfloat16, float16 and "
+            f"float32 up to {_WIDEST} wide (where they are interpreted, any dtype); use the reference."
         )
+    if spare := -image.shape[-1] % 16:  # tiles of other widths need more registers than there are
+        image, text = (nn.functional.pad(features, (0, spare)) for features in (image, text))
     tau1, tau2, tau3 = (t.to(_real(image.dtype)) for t in (tau1, tau2, tau3))
     return tau3 * _scores_op(image, image_mask, text, text_mask, tau1, tau2)
 

@@ -352,9 +352,7 @@ def test_flops_and_bytes(implementation):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(37, 41, 98, 128, 128), (5, 7, 33, 150, 40), (3, 70, 392, 60, 128)])
-def test_on_a_gpu(shape, dtype, implementation):
-    if implementation == "triton" and dtype != torch.bfloat16:
-        pytest.skip("the kernels take bfloat16, other features go to the reference")
+def test_on_a_gpu(shape, dtype):
     inputs = [x.cuda() for x in _inputs(*shape, dtype=dtype, taus=TEMPERATURES)]
     inputs[4:] = (t.float() for t in inputs[4:])
     out, gradients = _with_gradients(ops.local_alignment, inputs)
