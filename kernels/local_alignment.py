@@ -493,13 +493,13 @@ def _forward(
                 patches, words, width, PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, MULTIPLIED, SUMMED,
             )  # fmt: skip
             logits = tl.where(real_word, tau2 * cosine, float("-inf"))
-            top = tl.max(logits, 0)
-            score = scores + i * reports + j
+            top = tl.max(logits[None, :], 1)  # of a matrix: Triton 3.6 fails to reduce this vector for sm_100
+            score = scores + i * reports + j + tl.arange(0, 1)
             if not ONE_TILE:
                 earlier = tl.load(score, mask=t > 0, other=float("-inf"))
                 top = tl.maximum(top, earlier)
             finite = tl.where(top == float("-inf"), 0.0, top)
-            total = tl.sum(tl.exp(logits - finite), 0)
+            total = tl.sum(tl.exp(logits - finite)[None, :], 1)
             if not ONE_TILE:
                 total += tl.exp(earlier - finite)
             tl.store(score, finite + tl.log(total))
@@ -509,13 +509,14 @@ def _forward(
 
 @jit
 def _context_gradients(cosine, inverse, size, real_word, tau2, score):
-    """d s by c_t is along * W[t] - across * c_t; by W[t], through the cosine, along * c_t - beside * W[t]; by tau2."""
+    """d s by c_t is along * W[t] - across * c_t; by tau2, each word's part of it.
+
+    By W[t], through the cosine, it is along * c_t - tau2 * by_tau2 / |W[t]|^2 * W[t].
+    """
     share = tl.where(real_word, tl.exp(tau2 * cosine - score), 0.0)
-    along = tau2 * share * inverse
-    across = tau2 * share * cosine
-    beside = across * inverse * inverse * size * size  # across / |W|^2
-    across = tl.where(size > 0, across / (size * size), 0.0)
-    return along, across, beside, tl.sum(share * cosine, 0)
+    by_tau2 = share * cosine
+    across = tl.where(size > 0, tau2 * by_tau2 / (size * size), 0.0)
+    return tau2 * share * inverse, across, by_tau2
 
 
 @jit
@@ -607,7 +608,7 @@ def _inners(
             PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, MULTIPLIED, SUMMED,
         )  # fmt: skip
         score = tl.load(scores + i * reports + j)
-        along, across, _beside, _by_tau2 = _context_gradients(cosine, inverse, size, real_word, tau2, score)
+        along, across, _by_tau2 = _context_gradients(cosine, inverse, size, real_word, tau2, score)
         high, low = _split(context, ROUNDED, MULTIPLIED)
         if ROUNDED == SUMMED:
             _keep(contexts, context, WORDS, WIDTH)
@@ -626,14 +627,15 @@ def _inners(
 @jit
 def _backward(
     image, image_mask, text, text_mask, tau1, tau2, scores, grad, normalisers, inners,
-    d_image, d_text, d_length, d_taus, contexts, first_image, first_report, t, images, reports, patches, words, width,
+    d_image, d_text, d_tau1, d_tau2, contexts, first_image, first_report, t, images, reports, patches, words, width,
     IMAGES: tl.constexpr, PATCHES: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, ONE_TILE: tl.constexpr,
     ROUNDED: tl.constexpr, MULTIPLIED: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of IMAGES images and a tile of one report's words.
 
-    In whole tiles: d_image [programs, IMAGES, tiles, WIDTH, PATCHES], d_text [blocks, J, tiles, WORDS, WIDTH], to which
-    -d_length [blocks, J, tiles, WORDS] times the words is due, and d_taus [programs, 2]. All are added to.
+    In whole tiles: d_image [programs, IMAGES, tiles, WIDTH, PATCHES], d_text [blocks, J, tiles, WORDS, WIDTH] but for
+    what goes through the words' lengths, d_tau1 [programs, PATCHES] and d_tau2 [blocks, J, tiles, WORDS], parts of a
+    sum. All are added to.
     """
     tau1, tau2 = tl.load(tau1), tl.load(tau2)
     j, first, last, program = _window(first_image, first_report, images, patches, IMAGES)
@@ -642,9 +644,8 @@ def _backward(
     length = _lengths(w, SUMMED)
     tile = (tl.program_id(0).to(tl.int64) * reports + j) * tl.cdiv(words, WORDS) + t // WORDS
     d_words = tl.zeros((WORDS, WIDTH), SUMMED)
-    shorter = tl.zeros((WORDS,), SUMMED)
-    d_tau1 = tl.zeros((PATCHES,), SUMMED)
-    d_tau2 = tl.zeros((1,), SUMMED)
+    of_words = tl.zeros((WORDS,), SUMMED)
+    of_patches = tl.zeros((PATCHES,), SUMMED)
     for i in tl.range(first, last, disable_licm=True):
         slot = program * IMAGES + i - first
         context, cosine, inverse, size, top = _contexts(
@@ -652,11 +653,10 @@ def _backward(
             width, PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, MULTIPLIED, SUMMED,
         )  # fmt: skip
         score, g = tl.load(scores + i * reports + j), tl.load(grad + i * reports + j)
-        along, across, beside, by_tau2 = _context_gradients(cosine, inverse, size, real_word, tau2, score)
+        along, across, by_tau2 = _context_gradients(cosine, inverse, size, real_word, tau2, score)
         along, across = g * along, g * across
-        d_tau2 += g * by_tau2
+        of_words += g * by_tau2
         largest = tl.where(tau1 != 0, top / tau1, 0.0)
-        shorter += g * beside
         high, low = _split(context, ROUNDED, MULTIPLIED)
         if ROUNDED == SUMMED:
             here = _tile(d_text, tile, WORDS, WIDTH)
@@ -677,7 +677,7 @@ def _backward(
                     PATCHES, WORDS, WIDTH, ONE_TILE, ROUNDED, SUMMED,
                 )  # fmt: skip
                 # sum_n d log E is 0, so any constant may be taken off P: off near its maximum, less cancels
-                d_tau1 += tl.sum((share - largest[:, None]) * d_logits, 0)
+                of_patches += tl.sum((share - largest[:, None]) * d_logits, 0)
                 if ONE_TILE:
                     inner = tl.sum(share * d_logits, 0)
                 else:
@@ -717,10 +717,10 @@ def _backward(
     if ROUNDED != SUMMED:
         here = _tile(d_text, tile, WORDS, WIDTH)
         tl.store(here, tl.load(here) + d_words)
-    here = d_length + tile * WORDS + tl.arange(0, WORDS)
-    tl.store(here, tl.load(here) + shorter)
-    here = d_taus + program * 2 + tl.arange(0, 2)
-    tl.store(here, tl.load(here) + tl.where(tl.arange(0, 2) == 0, tl.sum(d_tau1, 0), tl.sum(d_tau2, 0)))
+    here = d_tau2 + tile * WORDS + tl.arange(0, WORDS)
+    tl.store(here, tl.load(here) + of_words)
+    here = d_tau1 + program * PATCHES + tl.arange(0, PATCHES)
+    tl.store(here, tl.load(here) + of_patches)
 
 
 _IMAGES_FORWARD = 8  # that pass a tile of words
@@ -810,8 +810,8 @@ def _backward_op(
     tile, tiles = (config["WIDTH"], config["PATCHES"]), cdiv(patches, config["PATCHES"])
     d_image = torch.empty(images, patches, width, **real)
     d_text = torch.zeros(blocks, reports, cdiv(words, config["WORDS"]) * config["WORDS"], config["WIDTH"], **real)
-    d_length = torch.zeros(d_text.shape[:3], **real)
-    d_taus = torch.zeros(columns, blocks, 2, **real)
+    d_tau1 = torch.zeros(columns, blocks, config["PATCHES"], **real)
+    d_tau2 = torch.zeros(d_text.shape[:3], **real)
     window = torch.empty(columns, blocks * each, tiles, *tile, **real)
     one_tile = config["ONE_TILE"]
     normalisers, inners = torch.empty(2, 0 if one_tile else columns * blocks * each * patches, **real)
@@ -835,14 +835,15 @@ def _backward_op(
                     )  # fmt: skip
             for t in range(0, words, config["WORDS"]):
                 launch(
-                    _backward, grid, *pair, tau1, tau2, scores, grad, normalisers, inners, window, d_text, d_length,
-                    d_taus, contexts, *first, t, *sizes, IMAGES=each, **config,
+                    _backward, grid, *pair, tau1, tau2, scores, grad, normalisers, inners, window, d_text, d_tau1,
+                    d_tau2, contexts, *first, t, *sizes, IMAGES=each, **config,
                 )  # fmt: skip
         here = d_image[first_image : first_image + blocks * each]
         here.copy_(window[:, : len(here)].sum(0).mT.flatten(1, 2)[:, :patches, :width])
-    d_tau1, d_tau2 = d_taus.sum((0, 1))
-    d_text = d_text.sum(0)[:, :words, :width] - d_length.sum(0)[:, :words, None] * text
-    return d_image, d_text, d_tau1.clone(), d_tau2.clone()
+    d_tau2 = d_tau2.sum(0)[:, :words]
+    beside = tau2 * d_tau2 / text.to(scores.dtype).square().sum(-1)
+    d_text = d_text.sum(0)[:, :words, :width] - beside.nan_to_num(0, 0, 0)[..., None] * text
+    return d_image, d_text, d_tau1.sum(), d_tau2.sum()
 
 
 @_backward_op.register_fake
