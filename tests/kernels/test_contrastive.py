@@ -228,15 +228,16 @@ def test_check(change, message):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(contrastive, "_BLOCK_LOGITS", 25)
+    monkeypatch.setattr(contrastive, "_block_rows", lambda y: 2)
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", [14.0, -14.0, 100.0])
 @pytest.mark.parametrize(("images", "texts", "offset"), [(9, 9, 0), (3, 40, 21), (40, 3, -21)])
-def test_reference_by_blocks(form, images, texts, offset, monkeypatch):
-    arguments = _arguments(images, texts, 2, torch.float64, form)
+def test_reference_by_blocks(form, images, texts, offset, scale, monkeypatch):
+    arguments = _arguments(images, texts, 2, torch.float64, form, scale)
     whole = _run("reference", form, arguments, offset)
-    monkeypatch.setattr(contrastive, "_BLOCK_LOGITS", 25)
+    monkeypatch.setattr(contrastive, "_block_rows", lambda y: 2)
     torch.testing.assert_close(_run("reference", form, arguments, offset), whole)
 
 
@@ -247,15 +248,17 @@ def test_reference_by_blocks(form, images, texts, offset, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("images", "texts", "offset"), [(3, 5, 1), (4, 2, -1)])
 def test_gradients(name, form, images, texts, offset, monkeypatch):
-    monkeypatch.setattr(contrastive, "_BLOCK_LOGITS", 7)
+    monkeypatch.setattr(contrastive, "_block_rows", lambda y: 2)
     arguments = _arguments(images, texts, 2, torch.float64, form, scale=5.0)
     with backend.use(name):
         assert gradcheck(partial(FORMS[form], offset=offset), arguments)
 
 
-def test_gradients_of_the_two_exponentials():
+@BOTH
+def test_gradients_of_the_two_exponentials(name, monkeypatch):
+    monkeypatch.setattr(contrastive, "_block_rows", lambda y: 2)
     image, text, scale = _arguments(3, 3, 2, torch.float64, scale=80.0)
-    with backend.use("triton"):
+    with backend.use(name):
         assert gradcheck(ops.contrastive, (image, text, scale))
 
 
@@ -284,6 +287,16 @@ def _check_accuracy(check, arguments, form, offset=0):
     forward, backward = TOLERANCES[arguments[0].dtype]
     for one, other, exact, tolerance in zip(actual, same_dtype, truth, (forward, *[backward] * 4), strict=False):
         check(one, other, exact, tolerance)
+
+
+@pytest.mark.parametrize("scale", [14.0, 69.9, 70.1, 100.0])
+def test_accuracy_by_blocks(scale, monkeypatch, assert_as_accurate):
+    arguments = _arguments(150, 90, 24, torch.float32, scale=scale)
+    truth, whole = (_run("reference", "symmetric", given, -20) for given in (_doubled(arguments), arguments))
+    monkeypatch.setattr(contrastive, "_block_rows", lambda y: 24)
+    actual = _run("reference", "symmetric", arguments, -20)
+    for one, other, exact, tolerance in zip(actual, whole, truth, (1e-6, 1e-4, 1e-4, 1e-4), strict=True):
+        assert_as_accurate(one, other, exact, tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
