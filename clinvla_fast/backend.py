@@ -2,7 +2,8 @@
 
     reference   plain PyTorch, on any device
     triton      fused Triton kernels; raises where the tensors are not on a GPU
-    auto        the fused kernel where the tensors are on a GPU and it takes them (float64 never), else the reference
+    auto        the fused kernel where the tensors are on a GPU of compute capability 8.0 or more and it takes them
+                (float64 never), else the reference
 
 `CLINVLA_BACKEND` sets it for a process, `use` for a block of code. An explicit choice never falls back.
 """
@@ -10,6 +11,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -54,6 +56,12 @@ _choice = Choice("backend", BACKENDS, "CLINVLA_BACKEND")
 use = _choice.use
 
 
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether this GPU, where there is one, is none older than those that the kernels are built for."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def implementation(operation: ModuleType, tensor: Tensor, form: str = "") -> Callable:
     """The function of a kernels/ module that the current backend asks for, to be given this tensor.
 
@@ -72,7 +80,10 @@ def implementation(operation: ModuleType, tensor: Tensor, form: str = "") -> Cal
             f"the Triton kernel of {name} runs on a GPU and its tensors are on {tensor.device.type}: move them, "
             "or use the reference or auto backend."
         )
+    old = tensor.is_cuda and not torch.compiler.is_compiling() and not _has_kernels(tensor.device)
+    if _choice.current == "triton" and old:
+        raise BackendUnavailable("the Triton kernels need a GPU of compute capability 8.0 or more: use the reference.")
     supported = getattr(operation, "supports", lambda tensor: tensor.dtype != torch.float64)
-    if _choice.current == "triton" or (tensor.is_cuda and supported(tensor)):
+    if _choice.current == "triton" or (tensor.is_cuda and not old and supported(tensor)):
         return getattr(operation, f"triton{suffix}")
     return getattr(operation, f"reference{suffix}")

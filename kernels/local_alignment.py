@@ -723,7 +723,7 @@ def _backward(
     tl.store(here, tl.load(here) + of_patches)
 
 
-_IMAGES_FORWARD = 8  # that pass a tile of words
+_IMAGES_FORWARD, _PROGRAMS = 8, 4096  # images that pass a tile of words; programs that fill any GPU
 _IMAGES_BACKWARD, _BLOCKS, _REPORTS = 8, 4, 64  # a window of pairs: images a program, programs a way and the other
 
 
@@ -769,13 +769,20 @@ def _scores_op(
     (images, patches, width), (reports, words, _) = image.shape, text.shape
     scores = torch.empty(images, reports, dtype=_real(image.dtype), device=image.device)
     config = _config(image.device, image.dtype, words, width, backward=False)
-    grid = (reports, cdiv(images, _IMAGES_FORWARD))
-    known = 0 if config["ONE_TILE"] else math.prod(grid) * _IMAGES_FORWARD * patches
-    launch(
-        _forward, grid, image.contiguous(), image_mask.contiguous(), text.contiguous(), text_mask.contiguous(),
-        tau1, tau2, scores, torch.empty(known, dtype=scores.dtype, device=image.device),
-        images, reports, patches, words, width, IMAGES=_IMAGES_FORWARD, **config,
-    )  # fmt: skip
+    image, image_mask, text, text_mask = (x.contiguous() for x in (image, image_mask, text, text_mask))
+    blocks, normalisers = cdiv(images, _IMAGES_FORWARD), scores.new_empty(0)
+    if not config["ONE_TILE"]:  # a window of images at a time, or what is kept for every patch and report grows
+        blocks = min(blocks, cdiv(_PROGRAMS, max(1, reports)))
+        normalisers = scores.new_empty(blocks * _IMAGES_FORWARD * reports * patches)
+    window = max(1, blocks) * _IMAGES_FORWARD
+    for first in range(0, images, window):
+        those = slice(first, first + window)
+        some = len(image[those])
+        launch(
+            _forward, (reports, cdiv(some, _IMAGES_FORWARD)), image[those], image_mask[those], text, text_mask,
+            tau1, tau2, scores[those], normalisers, some, reports, patches, words, width,
+            IMAGES=_IMAGES_FORWARD, **config,
+        )  # fmt: skip
     return scores
 
 

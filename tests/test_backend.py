@@ -36,7 +36,7 @@ def test_choice(name, tensor, fused):
 
 
 def test_auto_asks_the_operation_what_its_kernels_take():
-    double = SimpleNamespace(is_cuda=True, dtype=torch.float64)
+    double = SimpleNamespace(is_cuda=True, dtype=torch.float64, device=torch.device("cuda"))
     assert backend.implementation(operation, double) is operation.reference
     for supported in (True, False):
         choosy = SimpleNamespace(**vars(operation), supports=lambda tensor, answer=supported: answer)
@@ -44,6 +44,15 @@ def test_auto_asks_the_operation_what_its_kernels_take():
         assert backend.implementation(choosy, GPU) is chosen
         with backend.use("triton"):
             assert backend.implementation(choosy, GPU) is choosy.triton  # which says itself what it does not take
+
+
+def test_a_gpu_too_old_for_the_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(backend, "_has_kernels", backend._has_kernels.__wrapped__)
+    assert backend.implementation(operation, GPU) is operation.reference
+    with backend.use("triton"), pytest.raises(BackendUnavailable, match=r"compute capability 8\.0"):
+        backend.implementation(operation, GPU)
 
 
 def test_an_explicit_choice_never_falls_back(monkeypatch):

@@ -213,6 +213,31 @@ def test_several_tiles(shape):
         assert _worst(actual, right) < 1e-9
 
 
+@pytest.mark.parametrize("major", [8, 9])
+def test_tiles_of_full_precision(major, implementation, monkeypatch):
+    """Those that a GPU has for float32; interpreted, all features have those of bfloat16."""
+    if implementation != "triton":
+        pytest.skip("the reference has none")
+    monkeypatch.setattr(local_alignment, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
+    inputs = _inputs(3, 2, 40, 70, 48, taus=(3.0, 4.0, 2.0))
+    scores = local_alignment._scores_op(*inputs[:6])
+    gradients = local_alignment._backward_op(torch.ones_like(scores), scores, *inputs[:6])
+    leaves = _leaves(inputs)
+    expected = _fast_dense(*leaves[:6], torch.ones(()))
+    expected.sum().backward()
+    torch.testing.assert_close(scores, expected.detach(), rtol=1e-9, atol=1e-9)
+    for actual, leaf in zip(gradients, (leaves[0], leaves[2], *leaves[4:6]), strict=True):
+        assert _worst(actual, leaf.grad) < 1e-9
+
+
+def test_many_images_and_long_reports(implementation, monkeypatch):
+    """What is kept for every patch and report does not grow with the images: they are taken a window at a time."""
+    monkeypatch.setattr(local_alignment, "_PROGRAMS", 4)
+    inputs = _inputs(21, 2, 3, 130, 4)
+    torch.testing.assert_close(ops.local_alignment(*inputs), _fast_dense(*inputs), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("images", "reports"), [(0, 3), (2, 0), (0, 0)])
 def test_no_images_or_no_reports(images, reports):
     image, image_mask, text, text_mask, *taus = _inputs(2, 3, 4, 5, 6)
