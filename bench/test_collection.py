@@ -82,8 +82,8 @@ def peaks_of_embedding(sources: list[Path], out: Path) -> list[int]:
 
 
 def test_memory_of_embedding_is_flat(measured, tmp_path, monkeypatch):
-    """Of what is ours. PyTorch and oneDNN also keep what they made for each of the last 1,024 shapes, and of reports of
-    real lengths each batch has another: that fills up over the first thousands of studies, and is kept small here."""
+    """Of what is ours. oneDNN also keeps what it made for the last 128 shapes, and of reports of real lengths each
+    batch has another: that fills up over the first thousands of studies, and is kept smaller here."""
     for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         monkeypatch.setenv(cache, "8")
     some, more = alone(

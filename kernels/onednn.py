@@ -4,6 +4,7 @@ PyTorch hands float32 products to MKL; on some AMD processors that leaves half o
 frozen weight as it was packed for the processor, and applies a linear layer's bias and GELU while it writes.
 """
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
+
+# oneDNN, and PyTorch's wrapper of it, keep about a megabyte for each of the last 1,024 shapes that they multiplied, and
+# packed reports have another in every batch. A training step has about 50. Both read this at their first product.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "128")
 
 _WORTH_A_CALL = 10_000_000  # FLOPs: oneDNN's call of 20 microseconds is then made up for
 _LOOKED_AT = 8  # rows of a frozen weight, and columns, at least where there are as many

@@ -1,4 +1,6 @@
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -138,3 +140,26 @@ def test_products():
     torch.testing.assert_close(onednn.bmm(a, b), a @ b, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(onednn.matmul(a[0], b[0]), a[0] @ b[0], rtol=1e-4, atol=1e-4)
     assert onednn.matmul(a[0, :0], b[0]).shape == (0, 600)
+
+
+_MANY_SHAPES = """
+import torch
+from pathlib import Path
+from clinvla_fast.kernels import onednn
+
+def resident():
+    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+weight = torch.randn(256, 256)
+for rows in range(1, 601):
+    onednn.linear(torch.zeros(rows, 256), weight)
+    if rows == 200:
+        before = resident()
+print(resident() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_shapes_seen():
+    """As of packed reports, of which each batch has another; 300 MB where oneDNN keeps what it wants to."""
+    grown = subprocess.run([sys.executable, "-c", _MANY_SHAPES], check=True, capture_output=True, text=True).stdout
+    assert int(grown) < 100e6
