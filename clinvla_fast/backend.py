@@ -57,9 +57,14 @@ use = _choice.use
 
 
 @cache
+def _new_enough(device: torch.device) -> bool:
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
 def _has_kernels(device: torch.device) -> bool:
     """Whether this GPU, where there is one, is none older than those that the kernels are built for."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    return _new_enough(device)
 
 
 def implementation(operation: ModuleType, tensor: Tensor, form: str = "") -> Callable:
@@ -80,7 +85,7 @@ def implementation(operation: ModuleType, tensor: Tensor, form: str = "") -> Cal
             f"the Triton kernel of {name} runs on a GPU and its tensors are on {tensor.device.type}: move them, "
             "or use the reference or auto backend."
         )
-    old = tensor.is_cuda and not torch.compiler.is_compiling() and not _has_kernels(tensor.device)
+    old = tensor.is_cuda and not _has_kernels(tensor.device)
     if _choice.current == "triton" and old:
         raise BackendUnavailable("the Triton kernels need a GPU of compute capability 8.0 or more: use the reference.")
     supported = getattr(operation, "supports", lambda tensor: tensor.dtype != torch.float64)

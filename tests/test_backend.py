@@ -49,7 +49,7 @@ def test_auto_asks_the_operation_what_its_kernels_take():
 def test_a_gpu_too_old_for_the_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(backend, "_has_kernels", backend._has_kernels.__wrapped__)
+    monkeypatch.setattr(backend, "_new_enough", backend._new_enough.__wrapped__)
     assert backend.implementation(operation, GPU) is operation.reference
     with backend.use("triton"), pytest.raises(BackendUnavailable, match=r"compute capability 8\.0"):
         backend.implementation(operation, GPU)

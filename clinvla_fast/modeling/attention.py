@@ -36,12 +36,12 @@ def _refusal(kernel: str, device: str, dtype: torch.dtype) -> str:
     if dtype == torch.float64 or (kernel == "varlen" and dtype == torch.float32):
         return f"it has no kernel for {dtype}"
     try:
-        if kernel == "xformers":
-            import xformers.ops  # noqa: F401
-        else:
-            from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+        rows = torch.zeros(1, 8, 1, 64, device=device, dtype=dtype)
+        _ON_GPU[kernel](rows, rows, rows, None)
     except ImportError as error:
         return f"it cannot be imported ({error})"
+    except RuntimeError as error:  # it has no kernels for this GPU
+        return f"it does not run here ({str(error).splitlines()[0]})"
     return ""
 
 
@@ -94,13 +94,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None
     kernel = _chosen(_choice.current, query.device.type, query.dtype)
     if kernel == "sdpa" or isinstance(packing, Grid):
         return _sdpa(query, key, value, packing)
-    if kernel == "xformers":
-        return _xformers_op(query, key, value, None if packing is None else packing.lengths)
-    if packing is not None:
-        return _varlen(query, key, value, packing.starts, packing.mask.shape[1])
-    batch, length = query.shape[:2]
-    starts = torch.arange(0, (batch + 1) * length, length, device=query.device, dtype=torch.int32)
-    return _varlen(*(x.flatten(0, 1) for x in (query, key, value)), starts, length).unflatten(0, (batch, length))
+    return _ON_GPU[kernel](query, key, value, packing)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None) -> Tensor:
@@ -128,10 +122,23 @@ def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
     return torch.bmm(weights, value).unflatten(0, (batch, heads))
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(query, key, value, starts, starts, longest, longest)
+    if packing is not None:
+        starts, longest = packing.starts, packing.mask.shape[1]
+        return varlen_attn(query, key, value, starts, starts, longest, longest)
+    batch, length = query.shape[:2]
+    starts = torch.arange(0, (batch + 1) * length, length, device=query.device, dtype=torch.int32)
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    return varlen_attn(query, key, value, starts, starts, length, length).unflatten(0, (batch, length))
+
+
+def _by_xformers(query: Tensor, key: Tensor, value: Tensor, packing: Packing | None) -> Tensor:
+    return _xformers_op(query, key, value, None if packing is None else packing.lengths)
+
+
+_ON_GPU = {"xformers": _by_xformers, "varlen": _varlen}
 
 
 # xformers builds its mask from Python numbers, which torch.compile would compile for anew: an operator hides that. Its

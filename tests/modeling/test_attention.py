@@ -58,6 +58,17 @@ def test_says_once_what_it_took_and_why_not_others(caplog):
     assert "sdpa" in said and "not xformers: it needs a GPU" in said and "not varlen: it needs a GPU" in said
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where they are installed and cannot run")
+def test_libraries_that_do_not_run_are_refused(caplog):
+    for cached in (module._choose, module._refusal):
+        cached.cache_clear()
+    with caplog.at_level(logging.INFO, "clinvla_fast"):
+        assert module._choose("auto", "cuda", torch.bfloat16) == "sdpa"
+    assert "not xformers: it does not run here (" in caplog.text and "not varlen: it does not run here (" in caplog.text
+    with pytest.raises(BackendUnavailable, match=r"varlen attention was asked for, but it does not run here \("):
+        module._choose("varlen", "cuda", torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", ["xformers", "varlen"])
 def test_an_explicit_choice_never_falls_back(name):
     rows = torch.randn(3, 1, 2, 1, 4).unbind()
