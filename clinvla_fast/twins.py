@@ -13,10 +13,14 @@ import timm.layers
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import (
+    AlbertPreTrainedModel,
     AttentionInterface,
     AttentionMaskInterface,
     BertPreTrainedModel,
+    CamembertPreTrainedModel,
+    DistilBertPreTrainedModel,
     ElectraPreTrainedModel,
+    MegatronBertPreTrainedModel,
     PreTrainedModel,
     RobertaPreTrainedModel,
     XLMRobertaPreTrainedModel,
@@ -24,7 +28,10 @@ from transformers import (
 from transformers.activations import GELUActivation
 from transformers.masking_utils import sdpa_mask
 from transformers.models.bert.modeling_bert import BertIntermediate
+from transformers.models.camembert.modeling_camembert import CamembertIntermediate
+from transformers.models.distilbert.modeling_distilbert import FFN as DistilBertFFN
 from transformers.models.electra.modeling_electra import ElectraIntermediate
+from transformers.models.megatron_bert.modeling_megatron_bert import MegatronBertIntermediate
 from transformers.models.roberta.modeling_roberta import RobertaIntermediate
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaIntermediate
 
@@ -33,7 +40,16 @@ from .modeling.attention import attention
 
 _ATTENTION = "clinvla_fast"  # our name among transformers' attention functions
 _BEFORE = "_attention_before_clinvla_fast"
-_BERTS = (BertPreTrainedModel, RobertaPreTrainedModel, XLMRobertaPreTrainedModel, ElectraPreTrainedModel)
+_BERTS = (
+    AlbertPreTrainedModel,
+    BertPreTrainedModel,
+    CamembertPreTrainedModel,
+    DistilBertPreTrainedModel,
+    ElectraPreTrainedModel,
+    MegatronBertPreTrainedModel,
+    RobertaPreTrainedModel,
+    XLMRobertaPreTrainedModel,
+)
 
 
 def _hooked(part: nn.Module | Callable) -> bool:
@@ -99,6 +115,21 @@ class FastXLMRobertaIntermediate(_FastIntermediate, XLMRobertaIntermediate): ...
 class FastElectraIntermediate(_FastIntermediate, ElectraIntermediate): ...
 
 
+class FastCamembertIntermediate(_FastIntermediate, CamembertIntermediate): ...
+
+
+class FastMegatronBertIntermediate(_FastIntermediate, MegatronBertIntermediate): ...
+
+
+class FastDistilBertFFN(DistilBertFFN):
+    """DistilBERT's feed-forward network, its GELU applied as the first layer is written."""
+
+    def ff_chunk(self, input: Tensor) -> Tensor:
+        if _hooked(self.lin1) or _hooked(self.activation):
+            return super().ff_chunk(input)
+        return self.dropout(self.lin2(_through_gelu(self.lin1, input)))
+
+
 def _plain(layer: nn.Module) -> bool:
     """Whether a layer is a Linear whose forward nothing else listens to."""
     return type(layer) in (nn.Linear, FastLinear) and not _hooked(layer)
@@ -115,6 +146,7 @@ _TWINS: dict[type[nn.Module], tuple[type[nn.Module], Callable[[nn.Module], bool]
     nn.Linear: (FastLinear, lambda layer: True),
     timm.layers.Mlp: (FastMlp, lambda m: _plain(m.fc1) and _exact_gelu(m.act)),
     timm.layers.Attention: (FastAttention, lambda m: getattr(m, "gate", None) is None and m.head_dim**-0.5 == m.scale),
+    DistilBertFFN: (FastDistilBertFFN, lambda m: _plain(m.lin1) and _exact_gelu(m.activation)),
     **{
         base: (twin, lambda m: _plain(m.dense) and _exact_gelu(m.intermediate_act_fn))
         for twin in (
@@ -122,6 +154,8 @@ _TWINS: dict[type[nn.Module], tuple[type[nn.Module], Callable[[nn.Module], bool]
             FastRobertaIntermediate,
             FastXLMRobertaIntermediate,
             FastElectraIntermediate,
+            FastCamembertIntermediate,
+            FastMegatronBertIntermediate,
         )
         for base in [twin.__mro__[2]]
     },
@@ -206,8 +240,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     if not swapped:
         raise ValueError(
             f"{type(model).__name__} has nothing to accelerate: supported are timm's VisionTransformer, transformers' "
-            "BERT, RoBERTa, XLM-RoBERTa and ELECTRA, AdapterHub's adapters in these, and ClinVLA, alone or inside a "
-            "larger model."
+            "BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ALBERT, ELECTRA and Megatron-BERT, AdapterHub's "
+            "adapters in these, and ClinVLA, alone or inside a larger model."
         )
     print(f"accelerated {type(model).__name__}: " + ", ".join(f"{n} {name}" for name, n in swapped.items()))
     return model

@@ -12,11 +12,19 @@ import timm
 import torch
 from torch import nn
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    CamembertConfig,
+    CamembertModel,
+    DistilBertConfig,
+    DistilBertModel,
     ElectraConfig,
     ElectraModel,
+    MegatronBertConfig,
+    MegatronBertModel,
     RobertaConfig,
     RobertaModel,
     XLMRobertaConfig,
@@ -26,6 +34,8 @@ from transformers import (
 from clinvla_fast.twins import FastAttention, FastBertIntermediate, FastMlp, accelerate, restore
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96, "vocab_size": 99}
+
+DISTIL = {"dim": 48, "n_layers": 2, "n_heads": 3, "hidden_dim": 96, "vocab_size": 99}
 
 
 def _vit(**kwargs):
@@ -64,6 +74,10 @@ CASES = {
     "roberta": (lambda: RobertaModel(RobertaConfig(**SIZES)), lambda model: model(**_words())[0]),
     "xlm-roberta": (lambda: XLMRobertaModel(XLMRobertaConfig(**SIZES)), lambda model: model(**_words())[0]),
     "electra": (lambda: ElectraModel(ElectraConfig(**SIZES, embedding_size=48)), lambda model: model(**_words())[0]),
+    "camembert": (lambda: CamembertModel(CamembertConfig(**SIZES)), lambda model: model(**_words())[0]),
+    "distilbert": (lambda: DistilBertModel(DistilBertConfig(**DISTIL)), lambda model: model(**_words())[0]),
+    "albert": (lambda: AlbertModel(AlbertConfig(**SIZES, embedding_size=24)), lambda model: model(**_words())[0]),
+    "megatron-bert": (lambda: MegatronBertModel(MegatronBertConfig(**SIZES)), lambda model: model(**_words())[0]),
     "both": (Both, lambda model: model(_pixels(), _words())),
 }
 
@@ -213,6 +227,8 @@ def test_other_classes_are_left_alone():
         ("vit", "blocks.0.mlp.act"),
         ("bert", "encoder.layer.0.intermediate.dense"),
         ("bert", "encoder.layer.0.intermediate.intermediate_act_fn"),
+        ("distilbert", "transformer.layer.0.ffn.lin1"),
+        ("distilbert", "transformer.layer.0.ffn.activation"),
     ],
 )
 def test_hooks_put_on_afterwards_are_called(case, part, kind):
