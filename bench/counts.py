@@ -372,7 +372,8 @@ def operators() -> Counts:
             towers.to_empty(device="cuda")
             with _Operators() as counter, attention.use("sdpa"):
                 towers["vision"](batch.images, views, kept)
-                towers["text"](words.flatten(), Grid.of(lengths, PADDED))
+                grid = Grid.of(lengths, PADDED, towers["text"].word_embeddings.weight.dtype)
+                towers["text"](words.flatten(), grid)
             found[name] = counter.count
     return found
 

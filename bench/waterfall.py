@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from bench.operations import LOCAL, TAUS, WIDTH, caption_loop, plain_contrastive
-from bench.towers import MEAN, PADDED, PATCHES, STD, VIEWS, Batch, plain_images
+from bench.towers import MEAN, PADDED, STD, VIEWS, Batch, plain_images
 from clinvla_fast import Recipe, accelerate, backend, ops
 from clinvla_fast.kernels.contrastive import symmetric_cross_entropy
 from clinvla_fast.modeling import attention
@@ -110,10 +110,8 @@ class Run:
     def __init__(self, how: How, plain: nn.ModuleDict, end_to_end: torch.optim.Optimizer):
         self.how, device = how, next(plain.parameters()).device
         self.batch = batch = Batch.of(how.studies, device.type)
-        self.grid = Grid.of(batch.lengths.to(device), PADDED)
+        self.grid = Grid.of(batch.lengths.to(device), PADDED, how.dtype)
         self.kept = batch.kept() if how.masked else None
-        if how.graph:  # all of them, named: a graph cannot wait to see which views there are
-            self.kept = torch.arange(PATCHES, device=device).expand(how.studies * VIEWS, -1)
         plain = copy.deepcopy(plain) if how.frozen else plain.train()
         self.towers = self._towers(plain).to(device)
         self.heads = plain["image head"], plain["text head"]
@@ -164,7 +162,8 @@ class Run:
     def _encode(self) -> Tokens:
         image, text, batch = self.towers["image"], self.towers["text"], self.batch
         if self.how.from_pixels:
-            views = image(batch.images, batch.present, self.kept)
+            # a graph cannot wait to see which views there are
+            views = image(batch.images, None if self.how.graph else batch.present, self.kept)
         else:
             views = plain_images(image, batch.pixels, self.kept)
         if self.how.packed:

@@ -111,7 +111,7 @@ def draw_kept_patches(present: Tensor, patches: int, keep: int, seed: int | Tens
 
 def masked_patch_embed(
     images: Tensor,
-    present: Tensor,
+    present: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     position: Tensor,
@@ -130,7 +130,7 @@ def masked_patch_embed(
 
     Args:
         images: uint8 or uint16 [B, V, H, W] over the type's whole range, both sides multiples of p.
-        present: bool [B, V]; n of them are True. Absent views are never read.
+        present: bool [B, V]; n of them are True. Absent views are never read. None: all are there.
         weight, bias: the patch projection for normalised C-channel input, [D, C, p, p] and [D].
         position: [1 + N, D], the CLS token's first.
         cls: [D].

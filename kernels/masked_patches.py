@@ -55,7 +55,7 @@ class PatchTokens(NamedTuple):
 
 def check(
     images: Tensor,
-    present: Tensor,
+    present: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     position: Tensor,
@@ -70,7 +70,7 @@ def check(
     """Raises ValueError where the arguments do not fit together."""
     if images.ndim != 4 or images.dtype not in _HALF:
         raise ValueError(f"images are {images.dtype} {list(images.shape)}: expected uint8 or uint16 [B, V, H, W].")
-    if present.dtype != torch.bool or present.shape != images.shape[:2]:
+    if present is not None and (present.dtype != torch.bool or present.shape != images.shape[:2]):
         found = f"{present.dtype} {list(present.shape)}"
         raise ValueError(f"present is {found}: expected bool {list(images.shape[:2])}, as the images.")
     if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
@@ -100,7 +100,7 @@ def check(
     elif (keep is None) != (seed is None):
         raise ValueError("a draw needs both keep and seed.")
     elif keep is not None:
-        draw_patches.check(present, patches, keep, seed)
+        draw_patches.check(_flags(images, present), patches, keep, seed)
 
 
 def to_patches(images: Tensor, size: int) -> Tensor:
@@ -153,14 +153,21 @@ def _embed_reference(
     return tokens
 
 
+def _flags(images: Tensor, present: Tensor | None) -> Tensor:
+    return images.new_ones(images.shape[:2], dtype=torch.bool) if present is None else present
+
+
 def _find_patches(
-    present: Tensor, patches: int, kept: Tensor | None, keep: int | None, seed: int | Tensor | None, draw: Callable
-) -> tuple[Tensor, Tensor, Tensor]:
+    images: Tensor, present: Tensor | None, patches: int, kept: Tensor | None, keep: int | None,
+    seed: int | Tensor | None, draw: Callable,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What is embedded: the flat numbers of the present views [n], kept [n, k] and restore [n, N]."""
     if kept is None and keep is None:
-        view = present.flatten().nonzero().squeeze(1)
-        every = torch.arange(patches, device=present.device).expand(len(view), -1)
+        views = torch.arange(images.shape[:2].numel(), device=images.device)
+        view = views if present is None else views[present.flatten()]
+        every = torch.arange(patches, device=images.device).expand(len(view), -1)
         return view, every, every
+    present = _flags(images, present)
     if kept is None:
         kept, restore = draw(present, patches, keep, seed)
     else:
@@ -174,7 +181,7 @@ def _find_patches(
 
 def reference(
     images: Tensor,
-    present: Tensor,
+    present: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     position: Tensor,
@@ -186,7 +193,7 @@ def reference(
     keep: int | None = None,
     seed: int | Tensor | None = None,
 ) -> PatchTokens:
-    view, kept, restore = _find_patches(present, len(position) - 1, kept, keep, seed, draw_patches.reference)
+    view, kept, restore = _find_patches(images, present, len(position) - 1, kept, keep, seed, draw_patches.reference)
     weight, bias = fold_normalisation(weight, bias, mean, std, _HALF[images.dtype])
     tokens = _embed_reference(images, view, kept, weight, bias, position, cls, slot)
     return PatchTokens(tokens, kept, restore)
@@ -507,7 +514,7 @@ _embed.register_autograd(_backward, setup_context=_setup_context)
 
 def triton(
     images: Tensor,
-    present: Tensor,
+    present: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     position: Tensor,
@@ -519,7 +526,7 @@ def triton(
     keep: int | None = None,
     seed: int | Tensor | None = None,
 ) -> PatchTokens:
-    view, kept, restore = _find_patches(present, len(position) - 1, kept, keep, seed, draw_patches.triton)
+    view, kept, restore = _find_patches(images, present, len(position) - 1, kept, keep, seed, draw_patches.triton)
     weight, bias = fold_normalisation(weight, bias, mean, std, _HALF[images.dtype])
     tokens = torch.ops.clinvla_fast.masked_patch_embed(images, view, kept, restore, weight, bias, position, cls, slot)
     return PatchTokens(tokens, kept, restore)

@@ -9,10 +9,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import pad
 
 from ..study import VIEWS, Embeddings, StudyBatch
+from .adapters import Bottleneck
 from .model import ClinVLA
 from .packing import Grid, Packing
 
@@ -20,14 +22,29 @@ _WORDS = 32  # reports are padded up to a multiple of it
 _WARM_UPS = 3  # before a capture: what is compiled, tuned or allocated once must be so by then
 
 
+def _run_tower(tower: nn.Module, dtype: torch.dtype | None, *args) -> Tensor:
+    """tower(*args), its adapters' weights brought to dtype by one copy: one after the other they are half of all
+    kernels. None: they are in it."""
+    weights = {
+        f"{place}.{name}": weight
+        for place, module in tower.named_modules()
+        if dtype is not None and isinstance(module, Bottleneck)
+        for name, weight in module.named_parameters()
+    }
+    if not weights:
+        return tower(*args)
+    cast = [torch.empty_like(weight, dtype=dtype) for weight in weights.values()]
+    torch._foreach_copy_(cast, list(weights.values()))
+    return functional_call(tower, dict(zip(weights, cast, strict=True)), args)
+
+
 def embed_images(model: ClinVLA, images: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `ClinVLA.embed_images` of whole images, with the same operations whatever is present.
 
     Local embeddings keep the places of absent views, as zeros that the mask leaves out.
     """
-    patches, views = model.vision.patches, present.numel()
-    every = torch.arange(patches, device=images.device).expand(views, -1)
-    tokens = model.vision(images, torch.ones_like(present), every).unflatten(0, present.shape)
+    patches = model.vision.patches
+    tokens = _run_tower(model.vision, model.dtype, images, None).unflatten(0, present.shape)
     seen = present[..., None].to(torch.promote_types(tokens.dtype, torch.float32))
     count = present.sum(1)[:, None]
     pooled = model.image_global((tokens[:, :, 0] * seen).sum(1) / count.clamp(min=1)) * (count > 0)
@@ -42,8 +59,9 @@ def embed_reports(model: ClinVLA, tokens: Tensor, lengths: Tensor) -> tuple[Tens
         tokens: int64 [B, L], anything where a report has ended.
         lengths: int64 [B], on the same device, from 1 to L.
     """
-    grid = Grid.of(lengths, tokens.shape[1])
-    hidden = model.text(tokens.flatten(), grid)
+    dtype = model.text.word_embeddings.weight.dtype
+    grid = Grid.of(lengths, tokens.shape[1], dtype)
+    hidden = _run_tower(model.text, model.dtype, tokens.flatten(), grid)
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     words = (columns > 0) & (columns < lengths[:, None] - 1)
     local = grid.pad(model.text_local(hidden).to(hidden.dtype)) * grid.mask[..., None]

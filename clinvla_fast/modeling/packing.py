@@ -45,18 +45,32 @@ class Packing:
         """The inverse of `pad`: [B, L, ...] to [total, ...]."""
         return grid.flatten(0, 1)[self.slot]
 
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """What attention in a padded grid adds to its logits: 0 where a sequence reaches, else -inf. [B, 1, 1, L]."""
+        return torch.where(self.mask, 0.0, -torch.inf).to(dtype)[:, None, None]
 
+
+@dataclass(frozen=True)
 class Grid(Packing):
-    """Sequences that stay in their padded grid: no shape depends on their lengths, which may be on any device."""
+    """Sequences that stay in their padded grid: no shape depends on their lengths, which may be on any device.
+
+    masked: its `bias`, once for all blocks.
+    """
+
+    masked: Tensor
 
     @classmethod
-    def of(cls, lengths: Tensor, longest: int) -> "Grid":
-        """The grid of sequences of `lengths` (int64 [B], from 1 up to `longest`)."""
+    def of(cls, lengths: Tensor, longest: int, dtype: torch.dtype) -> "Grid":
+        """The grid of sequences of `lengths` (int64 [B], from 1 up to `longest`), attended to in dtype."""
         batch, device = len(lengths), lengths.device
         slot = torch.arange(batch * longest, device=device)
         mask = torch.arange(longest, device=device) < lengths[:, None]
         starts = torch.arange(0, (batch + 1) * longest, longest, device=device, dtype=torch.int32)
-        return cls(slot, slot // longest, slot % longest, mask, slot[::longest], starts, lengths)
+        masked = torch.where(mask, 0.0, -torch.inf).to(dtype)[:, None, None]
+        return cls(slot, slot // longest, slot % longest, mask, slot[::longest], starts, lengths, masked)
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        return self.masked
 
     def pad(self, rows: Tensor) -> Tensor:
         """Rows [B L, ...] as [B, L, ...], whatever they are where a sequence has ended."""

@@ -76,12 +76,12 @@ class VisionTower(nn.Module):
     def image_size(self) -> int:
         return self.vit.patch_embed.img_size[0]
 
-    def forward(self, images: Tensor, present: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, present: Tensor | None, kept: Tensor | None = None) -> Tensor:
         """Tokens of every present view, after the last norm.
 
         Args:
             images: uint8 [B, V, H, W], V up to 4 in the order of StudyBatch.
-            present: bool [B, V], n of them True.
+            present: bool [B, V], n of them True; None: all.
             kept: int64 [n, k] patches that each present view keeps; None keeps all.
 
         Returns:

@@ -231,6 +231,18 @@ def test_absent_views_are_never_read(name):
 
 @BACKENDS
 @pytest.mark.parametrize("batch", [0, 3])
+def test_every_view_present(name, batch):
+    i = _inputs(batch, 2, 2, 3, 4, 5)
+    i["present"][:] = True
+    for chosen in ({}, {"kept": _kept(i, 4)}, {"keep": 3, "seed": 7}):
+        with backend.use(name):
+            expected = ops.masked_patch_embed(**i, **chosen)
+            found = ops.masked_patch_embed(**i | {"present": None}, **chosen)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@BACKENDS
+@pytest.mark.parametrize("batch", [0, 3])
 def test_no_view_present(name, batch):
     i = _inputs(batch, 2, 2, 3, 4, 5)
     i["present"][:] = False
@@ -266,7 +278,7 @@ def test_only_what_trains_has_a_gradient(trained):
 
 def _op_inputs(i, kept):
     view, kept, restore = masked_patches._find_patches(
-        i["present"], len(i["position"]) - 1, kept, None, None, draw_patches.reference
+        i["images"], i["present"], len(i["position"]) - 1, kept, None, None, draw_patches.reference
     )
     half = (torch.iinfo(i["images"].dtype).max + 1) // 2
     weights = (

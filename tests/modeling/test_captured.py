@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clinvla_fast import ClinVLA, Recipe, StudyBatch, backend, restore
 from clinvla_fast.modeling.captured import Captured, embed_images, embed_reports
@@ -49,6 +50,32 @@ def test_embeddings_are_those_of_the_model(tiny_model, make_batch, shake, name):
     _check(captured, batch, 2e-5)
     _check(captured, batch, 2e-5)  # from buffers that hold the last batch
     assert len(captured._graphs) <= 2
+
+
+class _Casts(TorchDispatchMode):
+    """Counts tensors that are brought to another dtype one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if func in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
+            self.count += out.dtype != args[0].dtype
+        return out
+
+
+def test_adapters_are_brought_to_bfloat16_by_one_copy(tiny_towers, make_batch, shake):
+    batch, counts = make_batch([[1, 0], [1, 1]], [9, 40]), {}
+    for name, adapters in {"with": ("invertible", "language", "task"), "few": ("task",)}.items():
+        torch.manual_seed(1)
+        recipe = Recipe(width=24, bottleneck=20, adapters=adapters)
+        captured = Captured(ClinVLA(**tiny_towers, recipe=recipe, dtype=torch.bfloat16))
+        shake(captured.model)
+        _check(captured, batch, 0.1)
+        with _Casts() as casts:
+            captured(batch)
+        counts[name] = casts.count
+    assert counts["with"] == counts["few"] > 0
 
 
 def test_a_padded_batch_holds_nothing_of_the_last(tiny_model, make_batch, shake):
