@@ -22,7 +22,7 @@ _WORDS = 32  # reports are padded up to a multiple of it
 _WARM_UPS = 3  # before a capture: what is compiled, tuned or allocated once must be so by then
 
 
-def _run_tower(tower: nn.Module, dtype: torch.dtype | None, *args) -> Tensor:
+def run_tower(tower: nn.Module, dtype: torch.dtype | None, *args) -> Tensor:
     """tower(*args), its adapters' weights brought to dtype by one copy: one after the other they are half of all
     kernels. None: they are in it."""
     weights = {
@@ -44,7 +44,7 @@ def embed_images(model: ClinVLA, images: Tensor, present: Tensor) -> tuple[Tenso
     Local embeddings keep the places of absent views, as zeros that the mask leaves out.
     """
     patches = model.vision.patches
-    tokens = _run_tower(model.vision, model.dtype, images, None).unflatten(0, present.shape)
+    tokens = run_tower(model.vision, model.dtype, images, None).unflatten(0, present.shape)
     seen = present[..., None].to(torch.promote_types(tokens.dtype, torch.float32))
     count = present.sum(1)[:, None]
     pooled = model.image_global((tokens[:, :, 0] * seen).sum(1) / count.clamp(min=1)) * (count > 0)
@@ -61,7 +61,7 @@ def embed_reports(model: ClinVLA, tokens: Tensor, lengths: Tensor) -> tuple[Tens
     """
     dtype = model.text.word_embeddings.weight.dtype
     grid = Grid.of(lengths, tokens.shape[1], dtype)
-    hidden = _run_tower(model.text, model.dtype, tokens.flatten(), grid)
+    hidden = run_tower(model.text, model.dtype, tokens.flatten(), grid)
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     words = (columns > 0) & (columns < lengths[:, None] - 1)
     local = grid.pad(model.text_local(hidden).to(hidden.dtype)) * grid.mask[..., None]
