@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -67,12 +68,20 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+def _looked_into() -> bool:
+    """Whether torch.func, forward differentiation or torch.jit.trace look at operators, and know PyTorch's alone."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """torch.nn.functional.linear of x [..., K], and the exact GELU of it if asked for.
 
     Gradients are computed only for what needs them: a frozen weight costs nothing.
     """
-    if not taken(x) or x.ndim < 2 or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+    other = x.ndim < 2 or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu")
+    if not taken(x) or other or _looked_into():
         out = functional.linear(x, weight, bias)
         return functional.gelu(out) if gelu else out
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None)
@@ -152,6 +161,23 @@ def _by_input_op(grad: Tensor, weight: Tensor) -> Tensor:
 @_by_input_op.register_fake
 def _(grad, weight):
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
+def _save_again(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _second_gradients(ctx, second):
+    grad, weight = ctx.saved_tensors
+    by_grad, by_weight = ctx.needs_input_grad
+    second = _dense(second)
+    return (
+        _linear_op(second, weight, None, False) if by_grad else None,
+        over_rows(grad, second, _by_input_op) if by_weight else None,
+    )
+
+
+_by_input_op.register_autograd(_second_gradients, setup_context=_save_again)
 
 
 @register_flop_formula([torch.ops.clinvla_fast.linear, *([torch.ops.mkldnn._linear_pointwise] if _DTYPES else [])])

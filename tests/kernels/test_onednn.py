@@ -119,6 +119,55 @@ def test_double_is_left_to_pytorch_and_autocast_to_autocast():
         assert onednn.linear(x, weight, bias).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("gelu", [False, True])
+def test_second_gradients(gelu):
+    def second(linear, tensors):
+        out = linear(*tensors)
+        first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    def plain(*tensors):
+        out = functional.linear(*tensors)
+        return functional.gelu(out) if gelu else out
+
+    tensors = _tensors((2, 50), 129, 65)
+    found = second(lambda *t: onednn.linear(*t, gelu=gelu), tensors)
+    right = second(plain, [x.detach().double().requires_grad_() for x in tensors])
+    for actual, truth in zip(found, right, strict=True):
+        assert (actual.double() - truth).norm() <= 1e-5 * truth.norm()
+
+
+def test_what_looks_into_operators():
+    """Forward differentiation loses what an operator without a formula for it makes, and says nothing."""
+    x, weight, bias = (t.detach() for t in _tensors((4, 33), 12, 20))
+
+    def ours(x):
+        return onednn.linear(x, weight, bias, gelu=True)
+
+    def plain(x):
+        return functional.gelu(functional.linear(x, weight, bias))
+
+    def dual(function):
+        with torch.autograd.forward_ad.dual_level():
+            return torch.autograd.forward_ad.unpack_dual(
+                function(torch.autograd.forward_ad.make_dual(x, x.cos()))
+            ).tangent
+
+    def traced(function):
+        with torch.no_grad():
+            return torch.jit.trace(function, x)(2 * x)
+
+    for look in (
+        dual,
+        traced,
+        lambda f: torch.func.jvp(f, (x,), (x.cos(),))[1],
+        lambda f: torch.func.grad(lambda x: f(x).square().sum())(x),
+        lambda f: torch.vmap(f)(x[:, None]),
+        lambda f: torch.func.hessian(lambda x: f(x).square().sum())(x[0, 0]),
+    ):
+        torch.testing.assert_close(look(ours), look(plain))
+
+
 def test_operators():
     x, weight, bias = _tensors((3, 5), 8, 6)
     torch.library.opcheck(onednn._linear_op, (x, weight, bias, False))
