@@ -30,6 +30,14 @@ def _scalar(name: str, value: Tensor | float, beside: Tensor) -> Tensor:
     return value.reshape(())
 
 
+def _one_dtype(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Autocast may leave two sides in different dtypes, and the losses replaced multiply them all the same."""
+    if one.dtype != other.dtype and torch.is_autocast_enabled(one.device.type):
+        dtype = torch.promote_types(one.dtype, other.dtype)
+        return one.to(dtype), other.to(dtype)
+    return one, other
+
+
 # open_clip -----------------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +113,7 @@ class ClipLoss(_Sharded):
         """The loss of this rank's pairs.
 
         Args:
-            image_features, text_features: [B, D] of one floating dtype.
+            image_features, text_features: [B, D] of one floating dtype (under autocast of any), as below.
             logit_scale: 1/temperature, one number.
             logit_bias: one number, added to all logits. A softmax does not see it: its gradient is zero.
 
@@ -116,6 +124,7 @@ class ClipLoss(_Sharded):
             ValueError: if shapes, dtypes or devices do not fit together, or rank and world_size are not the group's.
         """
         _check_pairs(image_features, text_features)
+        image_features, text_features = _one_dtype(image_features, text_features)
         scale = _scalar("logit_scale", logit_scale, image_features)
         if self.world_size == 1:
             loss = ops.contrastive(image_features, text_features, scale)
@@ -174,6 +183,7 @@ class SigLipLoss(_Sharded):
     ) -> Tensor | dict[str, Tensor]:
         """The loss of this rank's images with all texts; arguments, returns and raises as of `ClipLoss`."""
         _check_pairs(image_features, text_features)
+        image_features, text_features = _one_dtype(image_features, text_features)
         scale = _scalar("logit_scale", logit_scale, image_features)
         bias = _scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
         texts = text_features if self.world_size == 1 else self._gathered(text_features)
@@ -207,6 +217,7 @@ def global_loss(
         )
     if not 0 <= eps <= _EPS:
         raise ValueError(f"eps is {eps}: expected 0 to {_EPS}, a cosine is not damped here.")
+    cnn_code, rnn_code = _one_dtype(cnn_code, rnn_code)
     scale = _scalar("temp3", temp3, cnn_code)
     to_report = ops.contrastive(cnn_code, rnn_code, scale, symmetric=False)
     return to_report, ops.contrastive(rnn_code, cnn_code, scale, symmetric=False)
@@ -253,9 +264,10 @@ def local_loss(
     if len(lengths) != len(words_emb) or not all(0 < n <= most for n in lengths):
         raise ValueError(f"cap_lens is {lengths}: expected {len(words_emb)} lengths from 1 to {most}.")
 
-    image, text = img_features.flatten(2).mT, words_emb.mT
+    image, text = _one_dtype(img_features.flatten(2).mT, words_emb.mT)
     words = torch.tensor(lengths, device=text.device)
     text_mask = torch.arange(most, device=text.device) < words[:, None]
+    text = text.masked_fill(~text_mask[..., None], 0)  # may be anything there
     image_mask = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
     named = {"temp1": temp1, "temp2": temp2, "temp3": temp3}
     taus = [_scalar(name, value, image) for name, value in named.items()]
@@ -287,7 +299,7 @@ def attention_fn(query: Tensor, context: Tensor, temp1: Tensor | float) -> tuple
         raise ValueError(
             f"query and context are {list(query.shape)} and {list(context.shape)}: expected [B, D, T] and [B, D, H, W]."
         )
-    image, words = context.flatten(2).mT, query.mT
+    image, words = _one_dtype(context.flatten(2).mT, query.mT)
     regions, counted = (torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for x in (image, words))
     attention = ops.word_attention(image, regions, words, counted, temp1).to(query.dtype)
     return image.mT @ attention, attention.mT.unflatten(2, context.shape[2:])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import timm.layers
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import (
     AlbertPreTrainedModel,
     AttentionInterface,
@@ -26,6 +27,7 @@ from transformers import (
     XLMRobertaPreTrainedModel,
 )
 from transformers.activations import GELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.bert.modeling_bert import BertIntermediate
 from transformers.models.camembert.modeling_camembert import CamembertIntermediate
@@ -52,10 +54,27 @@ _BERTS = (
 )
 
 
-def _hooked(part: nn.Module | Callable) -> bool:
-    """Whether something listens to a module."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return isinstance(part, nn.Module) and any(getattr(part, name) for name in names)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(part: nn.Module | Callable) -> bool:
+    """Whether something listens to a module, or has put a forward of its own into it."""
+    if not isinstance(part, nn.Module):
+        return False
+    return "forward" in part.__dict__ or any(getattr(part, name) for name in _HOOKS) or _has_any_global_hook()
+
+
+def plain(layer: nn.Module) -> bool:
+    """Whether a layer is a Linear whose forward nothing else listens to."""
+    return type(layer) in (nn.Linear, FastLinear) and not hooked(layer)
+
+
+def exact_gelu(activation: Callable) -> bool:
+    """Whether an activation is GELU by the error function, and nothing listens to it."""
+    module = type(activation) in (nn.GELU, timm.layers.GELU)
+    exact = module and getattr(activation, "approximate", "none") == "none"
+    exact = exact or activation is nn.functional.gelu or type(activation) is GELUActivation
+    return exact and not hooked(activation)
 
 
 class FastLinear(nn.Linear):
@@ -65,21 +84,25 @@ class FastLinear(nn.Linear):
         return onednn.linear(x, self.weight, self.bias)
 
 
-def _through_gelu(layer: nn.Module, x: Tensor) -> Tensor:
-    """GELU of a linear layer, applied as the layer is written where it is one that oneDNN runs."""
-    if type(layer) in (nn.Linear, FastLinear):
-        return onednn.linear(x, layer.weight, layer.bias, gelu=True)
-    return nn.functional.gelu(layer(x))
+# What a twin replaces is looked at in each call: people exchange parts, and listen to them, later too.
+
+
+def _through_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
+    return onednn.linear(x, layer.weight, layer.bias, gelu=True)
 
 
 class FastMlp(timm.layers.Mlp):
     """timm's Mlp, its GELU applied as the first layer is written."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _hooked(self.fc1) or _hooked(self.act):
+        if not _mlp_fits(self):
             return super().forward(x)
         x = self.norm(self.drop1(_through_gelu(self.fc1, x)))
         return self.drop2(self.fc2(x))
+
+
+def _mlp_fits(mlp: timm.layers.Mlp) -> bool:
+    return plain(mlp.fc1) and exact_gelu(mlp.act)
 
 
 class FastAttention(timm.layers.Attention):
@@ -87,20 +110,30 @@ class FastAttention(timm.layers.Attention):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         more = any(a is not None and a is not False for a in (*args, *kwargs.values()))
-        if more or (self.training and self.attn_drop.p) or _hooked(self.attn_drop):
+        if more or (self.training and self.attn_drop.p) or not _attention_fits(self):
             return super().forward(x, *args, **kwargs)
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         x = attention(self.q_norm(query), self.k_norm(key), value).flatten(2)
         return self.proj_drop(self.proj(self.norm(x)))
 
 
+def _attention_fits(attention: timm.layers.Attention) -> bool:
+    """Those who switch fused_attn off want the maps, or second gradients, which no fused attention has."""
+    usual = getattr(attention, "gate", None) is None and attention.head_dim**-0.5 == attention.scale
+    return usual and attention.fused_attn and not hooked(attention.attn_drop)
+
+
 class _FastIntermediate:
     """The first half of a BERT's feed-forward network, its GELU applied as it is written."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if _hooked(self.dense) or _hooked(self.intermediate_act_fn):
+        if not _intermediate_fits(self):
             return super().forward(hidden_states)
         return _through_gelu(self.dense, hidden_states)
+
+
+def _intermediate_fits(half: nn.Module) -> bool:
+    return plain(half.dense) and exact_gelu(half.intermediate_act_fn)
 
 
 class FastBertIntermediate(_FastIntermediate, BertIntermediate): ...
@@ -125,30 +158,23 @@ class FastDistilBertFFN(DistilBertFFN):
     """DistilBERT's feed-forward network, its GELU applied as the first layer is written."""
 
     def ff_chunk(self, input: Tensor) -> Tensor:
-        if _hooked(self.lin1) or _hooked(self.activation):
+        if not _distilled_fits(self):
             return super().ff_chunk(input)
         return self.dropout(self.lin2(_through_gelu(self.lin1, input)))
 
 
-def _plain(layer: nn.Module) -> bool:
-    """Whether a layer is a Linear whose forward nothing else listens to."""
-    return type(layer) in (nn.Linear, FastLinear) and not _hooked(layer)
-
-
-def _exact_gelu(activation: Callable) -> bool:
-    module = type(activation) in (nn.GELU, timm.layers.GELU)
-    exact = module and getattr(activation, "approximate", "none") == "none"
-    return exact or activation is nn.functional.gelu or type(activation) is GELUActivation
+def _distilled_fits(ffn: DistilBertFFN) -> bool:
+    return plain(ffn.lin1) and exact_gelu(ffn.activation)
 
 
 # What each class is changed to, and which of its instances can be.
 _TWINS: dict[type[nn.Module], tuple[type[nn.Module], Callable[[nn.Module], bool]]] = {
     nn.Linear: (FastLinear, lambda layer: True),
-    timm.layers.Mlp: (FastMlp, lambda m: _plain(m.fc1) and _exact_gelu(m.act)),
-    timm.layers.Attention: (FastAttention, lambda m: getattr(m, "gate", None) is None and m.head_dim**-0.5 == m.scale),
-    DistilBertFFN: (FastDistilBertFFN, lambda m: _plain(m.lin1) and _exact_gelu(m.activation)),
+    timm.layers.Mlp: (FastMlp, _mlp_fits),
+    timm.layers.Attention: (FastAttention, _attention_fits),
+    DistilBertFFN: (FastDistilBertFFN, _distilled_fits),
     **{
-        base: (twin, lambda m: _plain(m.dense) and _exact_gelu(m.intermediate_act_fn))
+        base: (twin, _intermediate_fits)
         for twin in (
             FastBertIntermediate,
             FastRobertaIntermediate,
@@ -173,18 +199,15 @@ def _know_adapters() -> None:
 
 
 def _fast_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling=None,
-    dropout: float = 0.0, **kwargs,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention function: [B, heads, M, d] to [B, M, heads, d]."""
-    plain = attention_mask is None and not dropout and not getattr(module, "is_causal", False)
-    if plain and query.shape == key.shape and scaling in (None, query.shape[-1] ** -0.5):
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    whole = attention_mask is None and not dropout and not causal and query.shape == key.shape
+    if whole and scaling in (None, query.shape[-1] ** -0.5):
         return attention(*(x.transpose(1, 2) for x in (query, key, value))), None
-    causal = attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", False)
-    out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, is_causal=causal, scale=scaling
-    )
-    return out.transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
 
 
 AttentionInterface.register(_ATTENTION, _fast_attention)
@@ -195,7 +218,7 @@ def _supported(model: nn.Module) -> Iterator[nn.Module]:
     """The outermost parts of a model that have twins inside."""
     if isinstance(model, (VisionTransformer, *_BERTS)):
         yield model
-    else:
+    elif isinstance(model, nn.Module):
         for child in model.children():
             yield from _supported(child)
 
@@ -228,7 +251,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     Supported, alone or in a larger model, compiled or not, frozen or trained: timm's VisionTransformer, BERT-family
     models of transformers, AdapterHub's adapters in them too, and ClinVLA. Outputs and gradients are equal up to
     rounding, `state_dict` key for key; hooks are called, whenever they are put on. A model of transformers that was
-    told `attn_implementation="eager"` keeps its attention, and so its attention maps.
+    told `attn_implementation="eager"` keeps its attention, and so its attention maps; so does timm's with `fused_attn`
+    off. Tools that know layers by their very class (dynamic quantisation, torch.fx, torch.jit.script) want `restore`
+    first.
 
     Returns:
         The model itself.
@@ -253,7 +278,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) in _ORIGINALS:
             module.__class__ = _ORIGINALS[type(module)]
-        if hasattr(module, _BEFORE):
-            module.set_attn_implementation(getattr(module, _BEFORE))
-            delattr(module, _BEFORE)
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == _ATTENTION:
+            module.set_attn_implementation(getattr(module, _BEFORE, "sdpa"))  # remembered by the outermost part alone
+        module.__dict__.pop(_BEFORE, None)
     return model

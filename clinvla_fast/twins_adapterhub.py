@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .kernels import onednn
-from .twins import FastLinear, _exact_gelu, _plain
+from .twins import FastLinear, exact_gelu, hooked, plain
 
 
 class FastLoRALinear(LoRALinearTorch, FastLinear):
@@ -23,8 +23,10 @@ class FastAdapter(Adapter):
     """AdapterHub's Adapter, its GELU applied as the first layer is written, and no product with a scaling of 1."""
 
     def forward(self, x: Tensor, residual_input: Tensor, output_gating: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        if not _adapter_fits(self):
+            return super().forward(x, residual_input, output_gating)
         first, activation = self.adapter_down
-        gelu = _exact_gelu(activation.f)
+        gelu = exact_gelu(activation.f)
         down = onednn.linear(x, first.weight, first.bias, gelu=gelu)
         if not gelu:
             down = activation(down)
@@ -38,6 +40,8 @@ class FastNICECouplingBlock(NICECouplingBlock):
     """AdapterHub's NICECouplingBlock as one operation, `ops.invertible_adapter`: on a GPU one kernel."""
 
     def forward(self, x: Tensor, c=(), rev: bool = False) -> Tensor:
+        if not _coupling_fits(self):
+            return super().forward(x, c, rev)
         layers = [self.F[0], self.F[2], self.G[0], self.G[2]]
         if torch.is_autocast_enabled(x.device.type) or any(layer.weight.dtype != x.dtype for layer in layers):
             return super().forward(x, c, rev)
@@ -47,12 +51,11 @@ class FastNICECouplingBlock(NICECouplingBlock):
 
 def _unheard(module: nn.Module) -> bool:
     """Whether nothing listens to the parts of a module, which a twin does not call one by one."""
-    parts = (m for m in module.modules() if m is not module)
-    return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in parts)
+    return not any(hooked(m) for m in module.modules() if m is not module)
 
 
 def _both_plain(*layers: nn.Module) -> bool:
-    return all(_plain(layer) and layer.bias is not None for layer in layers)
+    return all(plain(layer) and layer.bias is not None for layer in layers)
 
 
 def _adapter_fits(m: Adapter) -> bool:

@@ -21,7 +21,7 @@ for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "128")
 
 _WORTH_A_CALL = 10_000_000  # FLOPs: oneDNN's call of 20 microseconds is then made up for
-_LOOKED_AT = 8  # rows of a frozen weight, and columns, at least where there are as many
+_LOOKED_AT = 64  # every such row of a frozen weight, and column: an attention head, where one is cut out
 _ROWS = 512  # for which a weight is packed: how many there are matters little
 _DTYPES: tuple[torch.dtype, ...] = ()
 if torch.backends.mkldnn.is_available():
@@ -43,6 +43,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> 
     if not x.numel():  # oneDNN knows no empty products
         return functional.linear(x, weight, bias)
     after = ("gelu", [], "none") if gelu else ("none", [], "")
+    bias = None if bias is None else bias.contiguous()  # oneDNN heeds no strides of it
     return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, *after)
 
 
@@ -80,8 +81,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
     Gradients are computed only for what needs them: a frozen weight costs nothing.
     """
-    other = x.ndim < 2 or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu")
-    if not taken(x) or other or _looked_into():
+    ours = taken(x) and not torch.is_autocast_enabled("cpu") and not _looked_into()
+    if not (ours and x.ndim >= 2 and x.dtype == weight.dtype and x.shape[-1] == weight.shape[-1]):
         out = functional.linear(x, weight, bias)
         return functional.gelu(out) if gelu else out
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None)
@@ -105,11 +106,11 @@ def _(x, weight, bias, gelu):
 
 
 class _Pack(NamedTuple):
-    """A packed weight, where that lay when it was packed, and some of its elements: as they are, and as they were."""
+    """A packed weight, where that lay when it was packed, and some of its elements as they were."""
 
     place: tuple
-    some: Tensor
-    then: Tensor
+    rows: Tensor
+    columns: Tensor
     packed: Tensor
 
 
@@ -119,16 +120,17 @@ _packs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _packed(weight: Tensor) -> Tensor:
     """A frozen weight as oneDNN wants it, packed once (again if it was written to); it goes when the weight goes.
 
-    What is written through `.data` has no version: that is told by some of the elements, as by averages or a merged
-    adapter, which change them all.
+    What is written through `.data` has no version: that is told by some of the elements, as by averages, a merged
+    adapter or a head that is cut out, which change many.
     """
     version = 0 if weight.is_inference() else weight._version
     place = version, weight.data_ptr(), weight.dtype, weight.stride()
+    rows, columns = weight.detach()[::_LOOKED_AT, 0], weight.detach()[0, ::_LOOKED_AT]
     known = _packs.get(weight)
-    if known is None or known.place != place or not torch.equal(known.some, known.then):
-        some = weight.data[tuple(slice(None, None, max(1, size // _LOOKED_AT)) for size in weight.shape)]
+    same = known is not None and known.place == place
+    if not (same and torch.equal(rows, known.rows) and torch.equal(columns, known.columns)):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-        known = _packs[weight] = _Pack(place, some, some.clone(), packed)
+        known = _packs[weight] = _Pack(place, rows.clone(), columns.clone(), packed)
     return known.packed
 
 

@@ -242,6 +242,97 @@ def test_hooks_put_on_afterwards_are_called(case, part, kind):
     assert heard == [part]
 
 
+def _patch(model, part):
+    layer = model.get_submodule(part)
+    before = layer.forward
+    layer.forward = lambda x: before(x) + 1
+
+
+def _exchange(model, part):
+    owner, _, name = part.rpartition(".")
+    setattr(model.get_submodule(owner), name, nn.Tanh())
+
+
+CHANGES = [
+    (_patch, "vit", "blocks.0.mlp.fc1"),
+    (_patch, "vit", "blocks.0.mlp.act"),
+    (_patch, "vit", "blocks.1.attn.qkv"),
+    (_patch, "bert", "encoder.layer.0.intermediate.dense"),
+    (_patch, "distilbert", "transformer.layer.0.ffn.lin1"),
+    (_exchange, "vit", "blocks.0.mlp.act"),
+    (_exchange, "bert", "encoder.layer.0.intermediate.intermediate_act_fn"),
+    (_exchange, "distilbert", "transformer.layer.0.ffn.activation"),
+]
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(("change", "case", "part"), CHANGES)
+def test_what_others_change_is_heeded(change, case, part, first):
+    """A forward put into a layer, as some write LoRA; another part in the place of the one that was there."""
+    make, run = CASES[case]
+    torch.manual_seed(0)
+    model = make().eval()
+    fast = copy.deepcopy(model)
+    change(model, part)
+    if not first:
+        accelerate(fast)
+    change(fast, part)
+    if first:
+        accelerate(fast)
+    with torch.no_grad():
+        torch.testing.assert_close(run(fast), run(model), rtol=1e-5, atol=1e-5)
+
+
+def test_another_scale_of_attention_and_second_gradients():
+    torch.manual_seed(0)
+    model, run = _vit().eval(), CASES["vit"][1]
+    fast = accelerate(copy.deepcopy(model))
+    for vit in (model, fast):
+        for block in vit.blocks:
+            block.attn.scale, block.attn.fused_attn = 1.0, False
+    _close(_results(fast, run), _results(model, run))
+
+    def penalty(vit):
+        pixels = _pixels().requires_grad_()
+        (gradient,) = torch.autograd.grad(vit(pixels).sum(), pixels, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), vit.blocks[0].mlp.fc1.weight)[0]
+
+    torch.testing.assert_close(penalty(fast), penalty(model), rtol=1e-3, atol=1e-4)
+
+
+def test_hooks_of_all_modules_hear_every_layer():
+    model = _vit().eval()
+    for _ in range(2):
+        heard = []
+        handle = nn.modules.module.register_module_forward_hook(lambda m, *_, heard=heard: heard.append(type(m)))
+        model(_pixels())
+        handle.remove()
+        layers = [kind for kind in heard if issubclass(kind, nn.Linear | nn.GELU)]
+        assert len(layers) == 11
+        accelerate(model)
+
+
+def test_attention_that_is_told_to_be_causal():
+    torch.manual_seed(0)
+    model, words = BertModel(BertConfig(**SIZES)).eval(), _words(False)
+    try:
+        expected = model(**words, is_causal=True)[0]
+    except TypeError:
+        pytest.skip("this version of transformers takes no is_causal")
+    torch.testing.assert_close(accelerate(model)(**words, is_causal=True)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_attention_chosen_since_stays():
+    model = BertForMaskedLM(BertConfig(**SIZES))
+    if not model._can_set_attn_implementation():
+        pytest.skip("this version of transformers keeps the attention that it has chosen")
+    accelerate(model).set_attn_implementation("eager")
+    assert restore(model).config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")
+    restore(accelerate(model).bert)
+    assert model.bert.config._attn_implementation == "sdpa"
+
+
 def test_attention_maps_of_a_vit_can_be_listened_to():
     torch.manual_seed(0)
     model, maps = accelerate(_vit().eval()), []
@@ -287,6 +378,8 @@ def test_a_bert_of_another_name():
 def test_nothing_to_accelerate():
     with pytest.raises(ValueError, match=r"Sequential has nothing to accelerate: supported are timm's Vision"):
         accelerate(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="NoneType has nothing to accelerate"):
+        accelerate(None)
 
 
 def test_says_what_was_swapped(capsys):

@@ -136,6 +136,16 @@ def test_an_adapter_that_someone_listens_to_is_left_alone(part):
     assert _count(model, FastAdapter) == 1 and heard == [part]
 
 
+@pytest.mark.parametrize("part", ["encoder.layer.0.output.adapters.one.adapter_down.0", "invertible_adapters.one.F.0"])
+def test_hooks_put_on_afterwards_are_called(part):
+    model, heard = _model(adapters.SeqBnInvConfig()), []
+    expected = _results(model)
+    accelerate(model).get_submodule(part).register_forward_hook(lambda *_: heard.append(part))
+    for actual, right in zip(_results(model), expected, strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-5)
+    assert heard == [part]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_adapter_alone(dtype):
     config = adapters.SeqBnConfig(non_linearity="gelu", scaling=2.0)

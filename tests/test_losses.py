@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize, softplus
+from torch.utils._pytree import tree_leaves
 
 from clinvla_fast.losses import ClipLoss, SigLipLoss, attention_fn, cosine_similarity, global_loss, local_loss
 
@@ -107,6 +108,42 @@ def test_scales_and_biases_of_every_kind():
         torch.testing.assert_close(ClipLoss()(image, text, scale), one)
         torch.testing.assert_close(ClipLoss()(image, text, scale, logit_bias=torch.tensor([-3.0])), one)
         torch.testing.assert_close(SigLipLoss()(image, text, scale, None), siglip(image, text, 10.0, 0.0))
+
+
+def test_sides_of_different_dtypes_under_autocast():
+    """As of a tower that ends in a product and one that ends in a norm."""
+    image, text = features((4, 3), (4, 3), dtype=torch.float32)
+    regions, words = features((4, 3, 2, 2), (4, 3, 5), dtype=torch.float32)
+    calls = [
+        (ClipLoss(), image, text, 10.0),
+        (SigLipLoss(), image, text, 10.0, None),
+        (global_loss, image, text),
+        (local_loss, regions, words, [5, 1, 3, 2]),
+        (attention_fn, words, regions, 4.0),
+    ]
+    for loss, one, other, *more in calls:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = loss(one.bfloat16(), other, *more)
+        expected = loss(one.bfloat16().float(), other, *more)
+        for actual, right in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+            torch.testing.assert_close(actual.float(), right, rtol=2e-2, atol=2e-2)
+    with pytest.raises(ValueError, match="expected one"):
+        ClipLoss()(image.bfloat16(), text, 10.0)
+
+
+@pytest.mark.parametrize("behind", [1e30, torch.inf, torch.nan])
+def test_what_lies_behind_a_report_is_never_read(behind):
+    image, text = features((3, 4, 2, 2), (3, 4, 6))
+
+    def gradients(text):
+        leaves = [image.clone().requires_grad_(), text.requires_grad_()]
+        first, second, _ = local_loss(*leaves, [6, 2, 3])
+        return torch.autograd.grad(first + second, leaves)
+
+    expected = gradients(text.clone())
+    text[1, :, 2:] = text[2, :, 3:] = behind
+    for actual, right in zip(gradients(text), expected, strict=True):
+        torch.testing.assert_close(actual, right)
 
 
 def test_output_dict():

@@ -119,6 +119,29 @@ def test_double_is_left_to_pytorch_and_autocast_to_autocast():
         assert onednn.linear(x, weight, bias).dtype == torch.bfloat16
 
 
+def test_a_bias_with_gaps():
+    x, weight, _ = (t.detach() for t in _tensors((40,), 12, 20))
+    table = torch.randn(20, 8)
+    for bias in (table[:, 2], torch.randn(40)[::2], torch.ones(1).expand(20)):
+        torch.testing.assert_close(onednn.linear(x, weight, bias), functional.linear(x, weight, bias))
+
+
+def test_a_wrong_width_is_told_as_pytorch_tells_it():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        onednn.linear(torch.ones(3, 5), torch.ones(4, 6))
+
+
+def test_a_part_of_a_frozen_weight_that_is_cut_out():
+    """Through `.data`, which leaves no trace: of rows or columns as many as a head of attention has."""
+    x = torch.randn(9, 768, generator=torch.Generator().manual_seed(0))
+    for head in range(12):
+        for part in ((slice(64 * head, 64 * head + 64),), (slice(None), slice(64 * head, 64 * head + 64))):
+            weight = torch.randn(768, 768, generator=torch.Generator().manual_seed(1))
+            onednn.linear(x, weight)
+            weight.data[part] = 0
+            torch.testing.assert_close(onednn.linear(x, weight), x @ weight.T, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 def test_second_gradients(gelu):
     def second(linear, tensors):
