@@ -306,7 +306,13 @@ def retrieve(model: ClinVLA, loader: StudyLoader) -> dict[str, dict[str, float |
 
 
 def compile_tower_blocks(vision: VisionTower | None, text: TextTower | None) -> None:
-    """Compile the towers' blocks, each kind once for all depths, any number of views and any lengths of reports."""
+    """Compile the towers' blocks, each kind once for all depths, any number of views and any lengths of reports.
+
+    For this process: sizes that happen to be equal in one batch are not taken for one, and a block may have 64 forms
+    (with and without adapters, with and without gradients, for one row and for many), not 8.
+    """
+    torch.fx.experimental._config.use_duck_shape = False
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     if vision is not None:
         vision.run_block = torch.compile(vision_block, fullgraph=True, dynamic=True)
     if text is not None:
