@@ -205,8 +205,11 @@ def read_part(path: Path) -> tuple[dict, safe_open]:
     """
     try:
         tensors = safe_open(path, "np")
-        return json.loads(tensors.metadata()["part"]), tensors
-    except (FileNotFoundError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        part = json.loads(tensors.metadata()["part"])
+        if not {"ids", "dropped", "done", "position"} <= part.keys():
+            raise ValueError("it is a file of something else")
+        return part, tensors
+    except (FileNotFoundError, SafetensorError, TypeError, KeyError, AttributeError, ValueError) as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({type(error).__name__})"
         raise DataError(f"{path} is {reason}: remove it where it is there, and embed the collection again.") from None
 
@@ -224,6 +227,8 @@ def read_collection(folder: Path) -> dict:
         known = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}): embed the collection again.") from None
+    if not isinstance(known, dict):
+        raise DataError(f"{path} is no table of names: embed the collection again.")
     if known.get("format") != _FORMAT:
         raise DataError(f"{path} has format {known.get('format')!r}, expected {_FORMAT}: embed the collection again.")
     return known
@@ -348,14 +353,13 @@ class _Files:
                 raise DataError(f"path {self.studies} of the source is {type(name).__name__}: expected str or Path.")
             if str(name).lower().endswith(".tar"):
                 raise DataError(f"{name} is a shard: pass the folder that training.prepare wrote it in.")
-            line = json.dumps(str(name)).encode() + b"\n"
-            digest.update(line)
-            self._names.write(line)
+            self._names.write(json.dumps(str(name)).encode() + b"\n")
+            digest.update(json.dumps(_where_and_size(os.path.join(self._root, name))).encode())
             self.studies += 1
         if not self.studies:
             where = f"{source} holds" if self._root else "the source has"
             raise DataError(f"{where} no image: expected files that end in {', '.join(_SUFFIXES)}.")
-        self.identity = {"kind": "images", "names_sha256": digest.hexdigest(), "files": self.studies}
+        self.identity = {"kind": "images", "files_sha256": digest.hexdigest(), "files": self.studies}
 
     def stream(self, model: ClinVLA | AdaptorModel, batch_size: int, done: int, position: str) -> _Stream:
         self._names.seek(0)
@@ -410,14 +414,24 @@ class _Radiographs(Dataset):
             return name, error
 
 
-def _image_files(root: str) -> Iterator[str]:
-    """The image files below `root`, by their path from there, always in the same order."""
+def _where_and_size(path: str) -> tuple[str, int]:
+    """What tells a file from others of its name; its size is -1 where there is none."""
+    try:
+        return os.path.abspath(path), os.path.getsize(path)
+    except OSError:
+        return os.path.abspath(path), -1
 
-    def fail(error: OSError):
-        raise error
 
-    for folder, folders, files in os.walk(root, onerror=fail):
-        folders.sort()
-        for name in sorted(files):
-            if name.lower().endswith(_SUFFIXES):
-                yield os.path.relpath(os.path.join(folder, name), root)
+def _image_files(root: str, place: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
+    """The image files below `root`, by their path from there, always in the same order. Links are followed, but for
+    those to a folder `above`."""
+    folder = os.path.realpath(os.path.join(root, place))
+    if folder in above:
+        return
+    entries = sorted(os.scandir(os.path.join(root, place)), key=lambda entry: entry.name)
+    for entry in entries:
+        if not entry.is_dir() and entry.name.lower().endswith(_SUFFIXES):
+            yield os.path.join(place, entry.name)
+    for entry in entries:
+        if entry.is_dir():
+            yield from _image_files(root, os.path.join(place, entry.name), (*above, folder))

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: a step is never cut in two."""
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,17 +22,26 @@ def _handled(handler: Callable) -> Iterator[None]:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Around a job's stages: Ctrl-C and SIGTERM raise KeyboardInterrupt. Should a library that runs between stages
-    swallow it, the next stage stops after its first step."""
+    swallow it, or Python where it comes in a `__del__`, the next stage stops after its first step."""
     global _raised
     _raised = False
+    report = sys.unraisablehook
 
     def note_and_raise(signum, frame):
         global _raised
         _raised = True
         raise KeyboardInterrupt
 
-    with _handled(note_and_raise):
-        yield
+    def report_others(unraisable):
+        if unraisable.exc_type is not KeyboardInterrupt:
+            report(unraisable)
+
+    sys.unraisablehook = report_others
+    try:
+        with _handled(note_and_raise):
+            yield
+    finally:
+        sys.unraisablehook = report
 
 
 @contextmanager

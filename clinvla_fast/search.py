@@ -1,6 +1,7 @@
 """Search over an embedded collection with FAISS: text to images, image to reports, image to images."""
 
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -83,12 +84,12 @@ class Collection:
         rows = np.ascontiguousarray(torch.as_tensor(queries).float().cpu().numpy())
         if rows.ndim != 2 or rows.shape[1] != self.width or not np.isfinite(rows).all():
             raise DataError(f"queries are {list(rows.shape)}: expected finite numbers, [q, {self.width}].")
-        if kind not in ("image", "text") or k < 1:
+        if kind not in ("image", "text") or not isinstance(k, Integral) or k < 1:
             raise DataError(f"kind is {kind!r} and k is {k}: expected image or text, and at least 1.")
         if kind not in self._indexes:
             self._indexes[kind] = self._build(kind)
         index, ids = self._indexes[kind]
-        found = zip(*index.search(rows, min(k, len(ids))), strict=True)
+        found = zip(*index.search(rows, min(int(k), len(ids))), strict=True)
         return [[Hit(ids[i], float(s)) for s, i in zip(*pair, strict=True) if i >= 0] for pair in found]  # -1: none
 
     def _build(self, kind: Kind) -> tuple[object, list[str]]:
@@ -107,4 +108,7 @@ class Collection:
         except RuntimeError as error:  # all that FAISS raises, with its source line before and the reason at the end
             reason = str(error).rpartition(": ")[2]
             raise DataError(f"FAISS cannot build the index {self._factory!r} of {kept} studies ({reason}).") from None
+        if len(ids) != kept:
+            found = f"{len(ids)} studies with {kind} where collection.json has {kept}"
+            raise DataError(f"{self.path} has {found}: embed it again into another folder.")
         return index, ids

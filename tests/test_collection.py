@@ -128,6 +128,27 @@ def test_files_that_cannot_be_read_are_set_aside(model, films, tmp_path):
     ]
 
 
+def test_linked_folders_are_read_and_loops_are_not(model, films, tmp_path):
+    source = tmp_path / "source"
+    (source / "a").mkdir(parents=True)
+    shutil.copy(films / "00.png", source / "a" / "own.png")
+    (source / "b.png").symlink_to(source / "a")
+    (source / "a" / "again").symlink_to(source)
+    embed(model, source, tmp_path / "out")
+    assert rows(tmp_path / "out")[0] == ["a/own.png", "b.png/own.png"]
+
+
+def test_another_folder_with_files_of_the_same_names(model, films, tmp_path):
+    embed(model, films, tmp_path / "out")
+    shutil.copytree(films, tmp_path / "other")
+    with pytest.raises(DataError, match="was started with another source"):
+        embed(model, tmp_path / "other", tmp_path / "out")
+    embed(model, tmp_path / "other", tmp_path / "next")
+    (tmp_path / "other" / "00.png").write_bytes(b"written anew")
+    with pytest.raises(DataError, match="was started with another source"):
+        embed(model, tmp_path / "other", tmp_path / "next")
+
+
 def test_one_film(model, films, tmp_path):
     known = embed(model, str(films / "00.png"), tmp_path / "out")
     assert known["counts"] == {"kept": {"studies": 1, "image": 1, "text": 0}, "dropped": {}}
@@ -346,13 +367,22 @@ def test_bad_collections(model, films, embedded, tmp_path):
         Collection(films)
     whole = json.loads((embedded / "collection.json").read_text())
     part = embedded / "part-00000.safetensors"
+    fewer = whole["counts"]["kept"] | {"image": 1}
+    (embedded / "collection.json").write_text(json.dumps(whole | {"counts": whole["counts"] | {"kept": fewer}}))
+    with pytest.raises(DataError, match=r"studies with image where collection\.json has 1"):
+        Collection(embedded).search(torch.ones(1, 24))
+    (embedded / "collection.json").write_text(json.dumps(whole))
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(DataError, match=r"part-00000\.safetensors is damaged"):
         Collection(embedded).search(torch.ones(1, 24))
     part.unlink()
     with pytest.raises(DataError, match=r"part-00000\.safetensors is missing"):
         Collection(embedded).search(torch.ones(1, 24))
-    for text, message in [(json.dumps(whole | {"format": 0}), "has format 0"), ("{", "is not valid JSON")]:
+    for text, message in [
+        (json.dumps(whole | {"format": 0}), "has format 0"),
+        ("{", "is not valid JSON"),
+        ("[]", "no table of names"),
+    ]:
         (embedded / "collection.json").write_text(text)
         with pytest.raises(DataError, match=message):
             Collection(embedded)
@@ -363,7 +393,7 @@ def test_bad_searches(model, embedded, films, tmp_path):
     for queries in (torch.ones(24), torch.ones(2, 23), torch.full((1, 24), torch.nan)):
         with pytest.raises(DataError, match=r"expected finite numbers, \[q, 24\]"):
             opened.search(queries)
-    for kind, k in (("report", 1), ("image", 0)):
+    for kind, k in (("report", 1), ("image", 0), ("image", 1.5)):
         with pytest.raises(DataError, match="expected image or text, and at least 1"):
             opened.search(torch.ones(1, 24), kind, k)
     for index in ("flat", "IVF9999,Flat"):

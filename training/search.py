@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clinvla_fast import Collection, DataError
+from clinvla_fast.data.reports import clean_report
 
 from .console import load_model, one_clear_error
 
@@ -44,6 +45,8 @@ def main(args: list[str] | None = None) -> None:
     told = tyro.cli(Search, prog="python -m training.search", description=__doc__, args=args)
     if (told.text is None) == (told.image is None):
         raise DataError("expected one of --text and --image.")
+    if told.text is not None and not clean_report(told.text):
+        raise DataError("cleaning leaves nothing of --text: expected a finding or a report.")
     collection = Collection(told.collection)
     model = load_model(told.model, told.device, collection.precision)
     collection.check_model(model)

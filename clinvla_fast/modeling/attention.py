@@ -40,8 +40,8 @@ def _refusal(kernel: str, device: str, dtype: torch.dtype) -> str:
         _ON_GPU[kernel](rows, rows, rows, None)
     except ImportError as error:
         return f"it cannot be imported ({error})"
-    except RuntimeError as error:  # it has no kernels for this GPU
-        return f"it does not run here ({str(error).splitlines()[0]})"
+    except Exception as error:  # built for another GPU or another PyTorch, it may raise anything
+        return f"it does not run here ({(str(error).splitlines() or [type(error).__name__])[0]})"
     return ""
 
 

@@ -119,8 +119,12 @@ class Captured:
         embeddings are padded further than there.
 
         Raises:
-            ValueError: if a report is longer than the model reads, or the images are not of its size.
+            ValueError: if a report is longer than the model reads, or the images are not uint8 of its size.
         """
+        size, views = self.model.vision.image_size, batch.images.shape[1]
+        if batch.images.dtype != torch.uint8 or batch.images.shape[2:] != (size, size) or views > len(VIEWS):
+            found = f"{batch.images.dtype} {list(batch.images.shape)}"
+            raise ValueError(f"images are {found}: expected uint8 [B, up to {len(VIEWS)}, {size}, {size}].")
         lengths, largest = batch.lengths, self.batch_sizes[-1]
         longest = max(lengths.tolist(), default=0)
         if longest > self.model.text.max_tokens:

@@ -1,5 +1,7 @@
 """The model in the form that CUDA graphs capture: the same embeddings, from operations that depend on shapes alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
@@ -112,6 +114,11 @@ def test_nothing_on_the_device_is_waited_for(tiny_model, implementation):
 def test_bad_input(tiny_model, make_batch):
     with pytest.raises(ValueError, match=r"batch_sizes are \[0\]: expected one or more, from 1 up"):
         Captured(tiny_model, batch_sizes=[0])
+    batch = make_batch([[1, 1]], [9])
+    small, floats = batch.images[..., :64, :64], batch.images / 255
+    for images in (small, floats, batch.images[..., :1, :1], batch.images.repeat(1, 3, 1, 1)):
+        with pytest.raises(ValueError, match=r"expected uint8 \[B, up to 4, 128, 128\]"):
+            Captured(tiny_model)(replace(batch, images=images))
     with pytest.raises(ValueError, match="a report has 129 tokens: this model reads 128 at most"):
         Captured(tiny_model)(make_batch([[1]], [129]))
 

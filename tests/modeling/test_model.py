@@ -1,7 +1,9 @@
 import json
 import random
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -369,6 +371,25 @@ def test_compiled_blocks(tiny_model, make_batch, shake, fast):
                 p.grad, gradients[name], rtol=1e-3, atol=1e-3 * gradients[name].abs().max().item()
             )
         tiny_model.zero_grad(set_to_none=True)
+
+
+def test_sizes_that_are_equal_by_chance_and_all_forms_of_a_block(tiny_towers, make_batch, monkeypatch):
+    """As many studies as words, in parts, of blocks of which one has adapters. What is compiled for is the same with
+    another backend than Inductor, and sooner found."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = ClinVLA(**tiny_towers, recipe=Recipe(width=24, bottleneck=20, adapter_blocks=(1,)))
+    torch._dynamo.reset()
+    compile_tower_blocks(model.vision, model.text)
+    stage = Align(model, Optimization(chunk=8, batch_size=17), 0, print)
+    warm_up(stage, make_batch([[1, 1]] * 17, [17] * 17), trains_one=True, evaluates_one=True)
+    later = [make_batch([[1, 0]] * studies, [length] * studies) for studies, length in ((17, 5), (16, 16), (33, 8))]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in later:
+            stage.train()
+            stage.backward(stage, batch, 1, 1.0, ExitStack)
+            stage.eval()
+            with torch.inference_mode():
+                model(batch)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")

@@ -110,5 +110,6 @@ def test_bad_input(model, shards, tmp_path, capsys):
     assert "'other' split" in error_of(capsys, embed, model, str(shards), "--out", out, "--split", "other")
     assert "expected one of --text and --image" in error_of(capsys, search, out, model)
     assert "holds no collection.json" in error_of(capsys, search, none, model, "--text", "edema")
+    assert "cleaning leaves nothing of --text" in error_of(capsys, search, out, model, "--text", " ... ")
     embed([model, str(shards), "--out", out, *CPU])
     assert "file is missing" in error_of(capsys, search, out, model, "--image", none)

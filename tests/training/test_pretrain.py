@@ -154,6 +154,29 @@ def test_an_interrupt_swallowed_between_stages_stops_the_next():
         assert interrupted()
 
 
+def test_an_interrupt_in_a_destructor_is_not_printed(capsys):
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    class Broken:
+        def __del__(self):
+            raise ValueError("broken")
+
+    before = sys.unraisablehook
+    sys.unraisablehook = sys.__unraisablehook__  # pytest's own collects them
+    try:
+        with interruptible():
+            Interrupted()
+            Broken()
+            with interrupts() as interrupted:
+                assert interrupted()
+    finally:
+        sys.unraisablehook = before
+    printed = capsys.readouterr().err
+    assert "KeyboardInterrupt" not in printed and "ValueError: broken" in printed
+
+
 def test_resuming_a_finished_run_only_reports(finished_run, capsys):
     before = (finished_run / "adapters.safetensors").stat().st_mtime_ns
     main(["--resume", "--out", str(finished_run)])

@@ -97,6 +97,7 @@ def test_a_file_that_cannot_be(tmp_path, content, message):
         (["--epochs", "9", "--schedule-epochs", "8"], "--schedule-epochs is 8: expected no less than --epochs, 9"),
         (["--features", "somewhere"], "--features keeps towers' outputs for --method adaptor: leave it out"),
         (["--adapter-blocks", "3-1"], "expected numbers and ranges, as 8-11 or 2,5,8-11"),
+        (["--adapter-blocks", "0-99999999"], "expected numbers and ranges, as 8-11 or 2,5,8-11"),
     ],
 )
 def test_values_that_cannot_be(arguments, message):
