@@ -112,6 +112,8 @@ def embed(
         chosen = _Shards(Path(source), split)
     elif split is not None:
         raise DataError(f"split is {split!r}, but {source} was not written by training.prepare and has no splits.")
+    elif "frontal" not in model.recipe.views:
+        raise DataError(f"{source} is image files, frontals, and the model looks at {', '.join(model.recipe.views)}.")
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         chosen = _Files(source, out.parent)

@@ -355,6 +355,13 @@ def test_a_reader_that_dies_and_one_that_cannot_go_on(model, films, tmp_path, mo
         embed(model, films, tmp_path / "out", batch_size=4)
 
 
+def test_a_model_without_frontals(films, tmp_path, tiny_towers):
+    model = ClinVLA(**tiny_towers, recipe=Recipe(width=24, bottleneck=20, views=("lateral",)))
+    with pytest.raises(DataError, match="image files, frontals, and the model looks at lateral"):
+        embed(model, films, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_is_broken(model, films, tmp_path):
     with torch.no_grad():
         model.image_global[0].bias[0] = torch.nan

@@ -7,7 +7,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from clinvla_fast import embed
+from clinvla_fast import DataError, embed
 from clinvla_fast.collection import trained_precision
 from clinvla_fast.presets import Precision
 
@@ -60,6 +60,8 @@ def main(args: list[str] | None = None) -> None:
     console.print(table)
     if counts["dropped"]:
         console.print(f"What was dropped: {told.out / 'dropped.csv'}")
+    if not counts["kept"]["studies"]:
+        raise DataError(f"no study could be read: see {told.out / 'dropped.csv'}, and embed into another folder.")
     console.print(f'Next: python -m training.search {told.out} {told.model} --text "pleural effusion"')
 
 

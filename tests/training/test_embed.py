@@ -111,5 +111,9 @@ def test_bad_input(model, shards, tmp_path, capsys):
     assert "expected one of --text and --image" in error_of(capsys, search, out, model)
     assert "holds no collection.json" in error_of(capsys, search, none, model, "--text", "edema")
     assert "cleaning leaves nothing of --text" in error_of(capsys, search, out, model, "--text", " ... ")
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "empty.png").touch()
+    nothing = error_of(capsys, embed, model, str(tmp_path / "films"), "--out", str(tmp_path / "nothing"))
+    assert "no study could be read: see" in nothing
     embed([model, str(shards), "--out", out, *CPU])
     assert "file is missing" in error_of(capsys, search, out, model, "--image", none)
