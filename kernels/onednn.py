@@ -21,7 +21,7 @@ for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "128")
 
 _WORTH_A_CALL = 10_000_000  # FLOPs: oneDNN's call of 20 microseconds is then made up for
-_LOOKED_AT = 64  # every such row of a frozen weight, and column: an attention head, where one is cut out
+_HEAD = 64  # rows or columns: of as many of a frozen weight one element is looked at
 _ROWS = 512  # for which a weight is packed: how many there are matters little
 _DTYPES: tuple[torch.dtype, ...] = ()
 if torch.backends.mkldnn.is_available():
@@ -40,7 +40,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """x W^T + b, through an exact GELU if asked for."""
-    if not x.numel():  # oneDNN knows no empty products
+    if not (x.numel() and weight.numel()):  # oneDNN knows no empty products
         return functional.linear(x, weight, bias)
     after = ("gelu", [], "none") if gelu else ("none", [], "")
     bias = None if bias is None else bias.contiguous()  # oneDNN heeds no strides of it
@@ -93,7 +93,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    frozen = x.numel() and not weight.requires_grad
+    frozen = x.numel() and weight.numel() and not weight.requires_grad
     return _run(x, _packed(weight) if frozen else weight, bias, gelu)
 
 
@@ -109,12 +109,19 @@ class _Pack(NamedTuple):
     """A packed weight, where that lay when it was packed, and some of its elements as they were."""
 
     place: tuple
-    rows: Tensor
-    columns: Tensor
+    elements: Tensor
     packed: Tensor
 
 
 _packs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _diagonal(weight: Tensor) -> Tensor:
+    """Elements from the first row and column on, as many as heads fit into the longer side."""
+    rows, columns = weight.shape
+    count = min(-(-max(rows, columns) // _HEAD), rows, columns)
+    down, right = weight.stride()
+    return weight.as_strided((count,), (rows // count * down + columns // count * right,))
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -124,13 +131,11 @@ def _packed(weight: Tensor) -> Tensor:
     adapter or a head that is cut out, which change many.
     """
     version = 0 if weight.is_inference() else weight._version
-    place = version, weight.data_ptr(), weight.dtype, weight.stride()
-    rows, columns = weight.detach()[::_LOOKED_AT, 0], weight.detach()[0, ::_LOOKED_AT]
+    place, elements = (version, weight.data_ptr(), weight.dtype, weight.stride()), _diagonal(weight)
     known = _packs.get(weight)
-    same = known is not None and known.place == place
-    if not (same and torch.equal(rows, known.rows) and torch.equal(columns, known.columns)):
+    if known is None or known.place != place or not torch.equal(elements, known.elements):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-        known = _packs[weight] = _Pack(place, rows.clone(), columns.clone(), packed)
+        known = _packs[weight] = _Pack(place, elements.clone(), packed)
     return known.packed
 
 

@@ -131,15 +131,23 @@ def test_a_wrong_width_is_told_as_pytorch_tells_it():
         onednn.linear(torch.ones(3, 5), torch.ones(4, 6))
 
 
-def test_a_part_of_a_frozen_weight_that_is_cut_out():
+@pytest.mark.parametrize(("rows", "columns"), [(256, 256), (768, 256), (256, 1024), (100, 640)])
+def test_a_part_of_a_frozen_weight_that_is_cut_out(rows, columns):
     """Through `.data`, which leaves no trace: of rows or columns as many as a head of attention has."""
-    x = torch.randn(9, 768, generator=torch.Generator().manual_seed(0))
-    for head in range(12):
-        for part in ((slice(64 * head, 64 * head + 64),), (slice(None), slice(64 * head, 64 * head + 64))):
-            weight = torch.randn(768, 768, generator=torch.Generator().manual_seed(1))
-            onednn.linear(x, weight)
-            weight.data[part] = 0
-            torch.testing.assert_close(onednn.linear(x, weight), x @ weight.T, rtol=1e-4, atol=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    x, whole = torch.randn(9, columns, generator=generator), torch.randn(rows, columns, generator=generator)
+    heads = [(slice(start, start + 64),) for start in range(0, rows - 63, 64)]
+    heads += [(slice(None), slice(start, start + 64)) for start in range(0, columns - 63, 64)]
+    for head in heads:
+        weight = whole.clone()
+        onednn.linear(x, weight)
+        weight.data[head] = 0
+        torch.testing.assert_close(onednn.linear(x, weight), x @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_without_rows_or_columns():
+    for rows, columns in ((0, 5), (5, 0)):
+        assert onednn.linear(torch.ones(3, columns), torch.ones(rows, columns)).equal(torch.zeros(3, rows))
 
 
 @pytest.mark.parametrize("gelu", [False, True])
