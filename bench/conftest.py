@@ -85,11 +85,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Whole towers give freed memory back as in anybody's process, at what glibc's thresholds grow to. Elsewhere it is
-    kept: where new memory happens to lie moves runs of milliseconds by a fifth."""
+    kept: where new memory happens to lie moves runs of milliseconds by a fifth, and what the system asks for a page of
+    it may be four times as much an hour later."""
     if sys.platform == "linux":
-        trim_threshold, mmap_threshold = -1, -3
-        kept = 64 << 20 if item.path.stem in WHOLE_TOWERS else 2**31 - 1
-        for option, value in ((trim_threshold, kept), (mmap_threshold, 32 << 20)):
+        whole = item.path.stem in WHOLE_TOWERS
+        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+        kept, mapped = (64 << 20, 65536) if whole else (2**31 - 1, 0)
+        for option, value in ((trim_threshold, kept), (mmap_threshold, 32 << 20), (mmap_max, mapped)):
             ctypes.CDLL(None).mallopt(option, value)
 
 
