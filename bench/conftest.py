@@ -70,7 +70,7 @@ class Measured:
         return [f"{told}: {wrong}" for told, wrong in verdicts if wrong not in ("", "NO BASELINE")]
 
 
-WHOLE_TOWERS = ("test_towers", "test_peers", "test_waterfall")
+WHOLE_TOWERS = ("test_towers", "test_peers", "test_waterfall", "test_pretraining")
 FOUND = pytest.StashKey[list[Measured]]()
 MISSING = pytest.StashKey[dict[str, str]]()
 

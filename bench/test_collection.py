@@ -82,7 +82,7 @@ def peaks_of_embedding(sources: list[Path], out: Path) -> list[int]:
 
 
 def test_memory_of_embedding_is_flat(measured, tmp_path, monkeypatch):
-    """Of what is ours. oneDNN also keeps what it made for the last 128 shapes, and of reports of real lengths each
+    """Of what is ours. oneDNN also keeps what it made for the last 256 shapes, and of reports of real lengths each
     batch has another: that fills up over the first thousands of studies, and is kept smaller here."""
     for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         monkeypatch.setenv(cache, "8")

@@ -79,7 +79,7 @@ def embed(
 ) -> dict:
     """Embed every study of `source` into the folder `out`, and return its collection.json. `Collection` searches it.
 
-    Memory does not grow with the source, but for what oneDNN keeps on a CPU of the last 128 shapes of products (1,024
+    Memory does not grow with the source, but for what oneDNN keeps on a CPU of the last 256 shapes of products (1,024
     where a product went through it before clinvla_fast was imported): about a megabyte each. Killed at any time and
     called again with the same arguments, it goes on after the last whole part and ends with the same bytes.
 

@@ -16,9 +16,10 @@ from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # oneDNN, and PyTorch's wrapper of it, keep about a megabyte for each of the last 1,024 shapes that they multiplied, and
-# packed reports have another in every batch. A training step has about 50. Both read this at their first product.
+# packed reports have others in every batch. A training step has about 120, of which half come again in the next one.
+# Both read this at their first product.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_cache, "128")
+    os.environ.setdefault(_cache, "256")
 
 _WORTH_A_CALL = 10_000_000  # FLOPs: oneDNN's call of 20 microseconds is then made up for
 _HEAD = 64  # rows or columns: of as many of a frozen weight one element is looked at
